@@ -1,0 +1,77 @@
+# Every target sets up what it needs: a virtual environment, torch, this package with its extension.
+# Use another interpreter with PYTHON=python3.12, or an environment you already have with VENV=path;
+# a torch found in that environment is left alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMPS := $(VENV)/.pad-kernels
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage bench lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "  ARGS='...' is handed on, for example: make test ARGS='-k sequence -x'"
+
+demo: $(STAMPS)/demo ## distil preferences into a small model on this machine and write a report
+	$(BIN)/pad-kernels demo $(ARGS)
+
+test: $(STAMPS)/dev $(STAMPS)/demo ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of the package's lines
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95 $(ARGS)
+
+bench: $(STAMPS)/bench $(STAMPS)/peers ## measure against the GEMM floor and the peers; table, JSON, plots
+	$(BIN)/pad-kernels bench $(ARGS)
+
+lint: $(STAMPS)/dev ## ruff, ruff format, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMPS)/dev ## let ruff and clang-format rewrite what they can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+
+clean: ## remove the environment, the built extension and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -f pad_kernels/_C*.so
+
+$(BIN)/python:
+	@echo "== virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: nothing that follows may choose or replace it.
+$(STAMPS)/torch: constraints.txt | $(BIN)/python
+	@mkdir -p $(STAMPS)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+		{ echo "== torch, from constraints.txt"; $(PIP) install --constraint constraints.txt torch; }
+	@touch $@
+
+# The package is installed in place, so Python sources need no second installation; csrc does.
+$(STAMPS)/package: $(NATIVE) $(STAMPS)/torch
+	@echo "== pad-kernels and its extension"
+	$(PIP) install --editable .
+	@touch $@
+
+# Extras of the package that is already installed: pip adds what is missing and rebuilds nothing.
+$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/package
+	@echo "== what '$*' needs"
+	@$(PIP) freeze | grep -i '^torch==' > $(STAMPS)/torch-pin || true
+	$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[$*]'
+	@touch $@
+
+# Peers are optional: where one has no build for this machine the benchmark lists it as missing.
+$(STAMPS)/peers: pyproject.toml $(STAMPS)/package
+	@echo "== peers to compare with"
+	@$(PIP) freeze | grep -i '^torch==' > $(STAMPS)/torch-pin || true
+	-$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[peers]'
+	@touch $@
