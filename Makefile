@@ -9,6 +9,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/.pad-kernels
+PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
+	> $(STAMPS)/torch-pin
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -65,13 +67,13 @@ $(STAMPS)/package: $(NATIVE) $(STAMPS)/torch
 # Extras of the package that is already installed: pip adds what is missing and rebuilds nothing.
 $(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/package
 	@echo "== what '$*' needs"
-	@$(PIP) freeze | grep -i '^torch==' > $(STAMPS)/torch-pin || true
+	@$(PIN_TORCH)
 	$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[$*]'
 	@touch $@
 
 # Peers are optional: where one has no build for this machine the benchmark lists it as missing.
 $(STAMPS)/peers: pyproject.toml $(STAMPS)/package
 	@echo "== peers to compare with"
-	@$(PIP) freeze | grep -i '^torch==' > $(STAMPS)/torch-pin || true
+	@$(PIN_TORCH)
 	-$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[peers]'
 	@touch $@
