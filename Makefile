@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/.pad-kernels
 PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 	> $(STAMPS)/torch-pin
-NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test coverage bench lint format clean
