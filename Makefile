@@ -7,7 +7,7 @@ VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.pad-kernels
 PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print("torch==" + v("torch"))' \
 	> $(STAMPS)/torch-pin
@@ -61,19 +61,19 @@ $(STAMPS)/torch: constraints.txt | $(BIN)/python
 # The package is installed in place, so Python sources need no second installation; csrc does.
 $(STAMPS)/package: $(NATIVE) $(STAMPS)/torch
 	@echo "== pad-kernels and its extension"
-	$(PIP) install --editable .
+	$(PIP) install --quiet --editable .
 	@touch $@
 
 # Extras of the package that is already installed: pip adds what is missing and rebuilds nothing.
 $(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/package
 	@echo "== what '$*' needs"
 	@$(PIN_TORCH)
-	$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[$*]'
+	$(PIP) install --quiet --constraint $(STAMPS)/torch-pin 'pad-kernels[$*]'
 	@touch $@
 
 # Peers are optional: where one has no build for this machine the benchmark lists it as missing.
 $(STAMPS)/peers: pyproject.toml $(STAMPS)/package
 	@echo "== peers to compare with"
 	@$(PIN_TORCH)
-	-$(PIP) install --constraint $(STAMPS)/torch-pin 'pad-kernels[peers]'
+	-$(PIP) install --quiet --constraint $(STAMPS)/torch-pin 'pad-kernels[peers]'
 	@touch $@
