@@ -1,0 +1,227 @@
+// Python's side of the row passes: arguments into plain structs, and the choice of instruction set.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "row_pass.h"
+
+#ifndef PAD_CXX_FLAGS
+#define PAD_CXX_FLAGS "unknown flags"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = uintptr_t;
+using Stream = std::tuple<Pointer, int64_t, Pointer, double, double, double>;
+using MomentSpec = std::tuple<int, std::vector<double>, Pointer>;
+
+void require(bool held, const std::string& name, const std::string& expected,
+             const std::string& got) {
+  if (!held) throw py::value_error(name + ": expected " + expected + ", got " + got);
+}
+
+void require_count(const std::string& name, int64_t value, int64_t least) {
+  require(value >= least, name, ">= " + std::to_string(least), std::to_string(value));
+}
+
+void require_pointer(const std::string& name, Pointer pointer, bool needed) {
+  require(pointer || !needed, name, "a pointer", "null");
+}
+
+template <class T = void>
+T* at(Pointer pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+std::string indexed(const char* name, size_t index) {
+  return std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+// ---------------------------------------------------------------- instruction set
+
+struct RowPass {
+  const char* name;
+  void (*statistics)(const pad::StatisticsArgs&);
+  void (*gradient)(const pad::GradientArgs&);
+};
+
+// The best the machine has, not above what PAD_KERNELS_SIMD allows. Decided once.
+RowPass choose() {
+  const char* wish = std::getenv("PAD_KERNELS_SIMD");
+  const std::string cap = wish ? wish : "";
+#ifdef PAD_X86
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && cap != "avx2" && cap != "baseline")
+    return {"avx512", &pad::avx512::row_statistics, &pad::avx512::row_gradient};
+  if (has_avx2 && cap != "baseline")
+    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_gradient};
+#endif
+  return {"baseline", &pad::portable::row_statistics, &pad::portable::row_gradient};
+}
+
+const RowPass& row_pass() {
+  static const RowPass chosen = choose();
+  return chosen;
+}
+
+std::string cxx_info() {
+#if defined(__VERSION__)
+  const std::string compiler = __VERSION__;
+#else
+  const std::string compiler = "unknown compiler";
+#endif
+#ifdef _OPENMP
+  const std::string openmp = ", OpenMP";
+#else
+  const std::string openmp = ", no OpenMP";
+#endif
+#if defined(__clang__) || !defined(__GNUC__)
+  return compiler + openmp + ", " + PAD_CXX_FLAGS;
+#else
+  return "GCC " + compiler + openmp + ", " + PAD_CXX_FLAGS;
+#endif
+}
+
+// ---------------------------------------------------------------- arguments
+
+pad::DType parse_dtype(const std::string& name) {
+  if (name == "float32") return pad::DType::float32;
+  if (name == "float64") return pad::DType::float64;
+  if (name == "bfloat16") return pad::DType::bfloat16;
+  throw py::value_error("dtype: expected float32, float64 or bfloat16, got " + name);
+}
+
+// What both passes have in common: dtype, shape, streams, threads.
+template <class Args>
+void parse_block(Args& args, const std::string& dtype, const std::vector<Stream>& streams,
+                 int64_t rows, int64_t cols, int64_t vocab_offset, int threads) {
+  args.dtype = parse_dtype(dtype);
+  require_count("rows", rows, 0);
+  require_count("cols", cols, 0);
+  require_count("threads", threads, 1);
+  const bool some = rows > 0 && cols > 0;
+  require(!streams.empty() && streams.size() <= pad::kMaxStreams, "streams",
+          "1 to " + std::to_string(pad::kMaxStreams), std::to_string(streams.size()));
+  args.streams = int(streams.size());
+  for (size_t j = 0; j < streams.size(); ++j) {
+    const auto& [logits, ld, bias, scale, softcap, temperature] = streams[j];
+    const std::string name = indexed("streams", j);
+    require_pointer(name + " logits", logits, some);
+    require(rows <= 1 || ld >= cols, name + " ld", ">= cols", std::to_string(ld));
+    require(std::isfinite(scale), name + " scale", "a finite number", std::to_string(scale));
+    require(std::isfinite(softcap) && softcap >= 0, name + " softcap", "a finite number >= 0",
+            std::to_string(softcap));
+    require(std::isfinite(temperature) && temperature > 0, name + " temperature",
+            "a finite number > 0", std::to_string(temperature));
+    args.stream[j] = {at(logits), ld, at(bias), scale, softcap, temperature};
+  }
+  args.rows = rows;
+  args.cols = cols;
+  args.vocab_offset = vocab_offset;
+  args.threads = threads;
+}
+
+// One pointer per stream. `absent` allows null pointers, and no list at all.
+template <class P>
+void parse_columns(P (&to)[pad::kMaxStreams], const char* name, const std::vector<Pointer>& from,
+                   size_t streams, int64_t rows, bool absent) {
+  for (P& pointer : to) pointer = nullptr;
+  if (absent && from.empty()) return;
+  require(from.size() == streams, name, "one pointer per stream", std::to_string(from.size()));
+  for (size_t j = 0; j < streams; ++j) {
+    require_pointer(indexed(name, j), from[j], !absent && rows > 0);
+    to[j] = at<std::remove_pointer_t<P>>(from[j]);
+  }
+}
+
+void row_statistics(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+                    int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
+                    const std::vector<Pointer>& sums, const std::vector<MomentSpec>& moments,
+                    Pointer total, Pointer argmax, Pointer argmax_value, int threads) {
+  pad::StatisticsArgs args{};
+  parse_block(args, dtype, streams, rows, cols, vocab_offset, threads);
+  parse_columns(args.maximum, "maxima", maxima, streams.size(), rows, false);
+  parse_columns(args.sum, "sums", sums, streams.size(), rows, false);
+  require(moments.size() <= pad::kMaxMoments, "moments",
+          "at most " + std::to_string(pad::kMaxMoments), std::to_string(moments.size()));
+  args.moments = int(moments.size());
+  for (size_t k = 0; k < moments.size(); ++k) {
+    const auto& [weight, coefficients, value] = moments[k];
+    const std::string name = indexed("moments", k);
+    require(weight >= 0 && weight < args.streams, name + " weight stream", "a stream's number",
+            std::to_string(weight));
+    require(coefficients.size() == streams.size(), name + " coefficients", "one per stream",
+            std::to_string(coefficients.size()));
+    require_pointer(name, value, rows > 0);
+    args.moment[k].weight = weight;
+    for (size_t j = 0; j < coefficients.size(); ++j)
+      args.moment[k].coefficients[j] = coefficients[j];
+    args.moment[k].value = at(value);
+  }
+  require_pointer("argmax_value", argmax_value, argmax && rows > 0);
+  args.total = at(total);
+  args.argmax = at<int64_t>(argmax);
+  args.best = at(argmax_value);
+  py::gil_scoped_release released;
+  row_pass().statistics(args);
+}
+
+void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+                  int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
+                  const std::vector<Pointer>& sums, Pointer out, int64_t out_ld, Pointer c0,
+                  Pointer c1, const std::vector<Pointer>& q, const std::vector<Pointer>& p,
+                  Pointer sparse_ids, Pointer sparse_values, int64_t sparse_k, int64_t tile,
+                  Pointer tile_absmax, int threads) {
+  pad::GradientArgs args{};
+  parse_block(args, dtype, streams, rows, cols, vocab_offset, threads);
+  parse_columns(args.maximum, "maxima", maxima, streams.size(), rows, false);
+  parse_columns(args.sum, "sums", sums, streams.size(), rows, false);
+  parse_columns(args.q, "q", q, streams.size(), rows, true);
+  parse_columns(args.p, "p", p, streams.size(), rows, true);
+  require_pointer("out", out, rows > 0 && cols > 0);
+  require(rows <= 1 || out_ld >= cols, "out_ld", ">= cols", std::to_string(out_ld));
+  require_count("sparse_k", sparse_k, 0);
+  require_pointer("sparse_ids", sparse_ids, sparse_k > 0 && rows > 0);
+  require_pointer("sparse_values", sparse_values, sparse_k > 0 && rows > 0);
+  if (tile_absmax) require_count("tile", tile, 1);
+  args.out = at(out);
+  args.out_ld = out_ld;
+  args.c0 = at(c0);
+  args.c1 = at(c1);
+  args.sparse_ids = at<int64_t>(sparse_ids);
+  args.sparse_values = at(sparse_values);
+  args.sparse_k = sparse_k;
+  args.tile = tile;
+  args.tile_absmax = at<float>(tile_absmax);
+  py::gil_scoped_release released;
+  row_pass().gradient(args);
+}
+
+}  // namespace
+
+void bind_rows(py::module_& m) {
+  m.def("row_statistics", &row_statistics, py::arg("dtype"), py::arg("streams"), py::arg("rows"),
+        py::arg("cols"), py::arg("vocab_offset"), py::arg("maxima"), py::arg("sums"),
+        py::arg("moments"), py::arg("total"), py::arg("argmax"), py::arg("argmax_value"),
+        py::arg("threads"), "Merge a block's row statistics into running ones.");
+  m.def("row_gradient", &row_gradient, py::arg("dtype"), py::arg("streams"), py::arg("rows"),
+        py::arg("cols"), py::arg("vocab_offset"), py::arg("maxima"), py::arg("sums"),
+        py::arg("out"), py::arg("out_ld"), py::arg("c0"), py::arg("c1"), py::arg("q"),
+        py::arg("p"), py::arg("sparse_ids"), py::arg("sparse_values"), py::arg("sparse_k"),
+        py::arg("tile"), py::arg("tile_absmax"), py::arg("threads"),
+        "Gradient of a block with respect to the student's logits.");
+  m.def("simd_level", [] { return std::string(row_pass().name); },
+        "The instruction set in use: avx512, avx2 or baseline.");
+  m.def("cxx_info", &cxx_info, "The compiler, and the flags that all instruction sets share.");
+}

@@ -1,0 +1,653 @@
+// The row passes: statistics of a block of logits, and the gradient with respect to them.
+//
+// A row is walked in tiles that stay in the first-level cache. Each step over a tile is one plain
+// loop that the compiler vectorises; this file is compiled once per instruction set, with PAD_ISA
+// naming the copy. It uses no standard library: an inline function shared between copies would let
+// the linker pick the wrong one.
+#include "row_pass.h"
+
+namespace pad {
+namespace PAD_ISA {
+namespace {
+
+// 2048 floats are 8 KiB: three streams, a chain factor and two temporaries fit beside the logits.
+constexpr int kTile = 2048;
+
+// A row is summed in segments whose bounds depend on its length alone, so the bits of a result do
+// not depend on how many threads shared the work.
+constexpr int64_t kSegment = 8 * kTile;
+constexpr int64_t kMaxSegments = 64;
+
+int64_t segment_width(int64_t cols) {
+  const int64_t even = (cols + kMaxSegments - 1) / kMaxSegments;
+  const int64_t width = (even + kTile - 1) / kTile * kTile;
+  return width > kSegment ? width : kSegment;
+}
+
+int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
+
+// ---------------------------------------------------------------- stored types
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class Z>
+struct Accumulator {
+  using type = Z;
+};
+template <>
+struct Accumulator<bfloat16> {
+  using type = float;
+};
+
+inline float load(float z) { return z; }
+inline double load(double z) { return z; }
+inline float load(bfloat16 z) { return bits_as<float>(uint32_t(z.bits) << 16); }
+
+template <class Z>
+Z store(typename Accumulator<Z>::type value);
+template <>
+inline float store<float>(float value) {
+  return value;
+}
+template <>
+inline double store<double>(double value) {
+  return value;
+}
+// Round to nearest, ties to even; a NaN stays one (rounding could carry it to infinity).
+template <>
+inline bfloat16 store<bfloat16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {uint16_t(value != value ? 0x7fc0u : rounded)};
+}
+
+// Signed integers in the order of the numbers, so that a maximum needs no floating-point
+// comparison: compilers vectorise an integer maximum without being allowed to forget NaN.
+// Every map is its own inverse.
+inline int32_t ordered(float z) {
+  const int32_t bits = bits_as<int32_t>(z);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline int64_t ordered(double z) {
+  const int64_t bits = bits_as<int64_t>(z);
+  return bits ^ ((bits >> 63) & 0x7fffffffffffffffll);
+}
+inline int16_t ordered(bfloat16 z) {
+  const int16_t bits = bits_as<int16_t>(z.bits);
+  return int16_t(bits ^ ((bits >> 15) & 0x7fff));
+}
+inline float number(int32_t key) {
+  return bits_as<float>(key ^ ((key >> 31) & 0x7fffffff));
+}
+inline double number(int64_t key) {
+  return bits_as<double>(key ^ ((key >> 63) & 0x7fffffffffffffffll));
+}
+inline float number(int16_t key) {
+  return load(bfloat16{uint16_t(key ^ ((key >> 15) & 0x7fff))});
+}
+
+// ---------------------------------------------------------------- loops over one tile
+
+// The largest entry; a NaN with its sign bit set may be missed, the sum never misses one.
+template <class Z>
+auto tile_maximum(const Z* z, int64_t n) -> decltype(load(*z)) {
+  auto key = ordered(z[0]);
+  PAD_SIMD_MAX(key)
+  for (int64_t i = 1; i < n; ++i) {
+    const auto other = ordered(z[i]);
+    key = other > key ? other : key;
+  }
+  return number(key);
+}
+
+// One stream's tile behind its head transform: a, and da/dz if `chain` is given.
+template <class T, class Z>
+void transform_tile(const Z* z, const T* bias, const Head<T>& head, int64_t n, T* a, T* chain) {
+  if (bias) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) a[i] = load(z[i]) + bias[i];
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) a[i] = load(z[i]);
+  }
+  if (head.identity) return;
+  const T inner = head.inner, outer = head.outer, slope = head.slope;
+  if (!head.capped) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) a[i] *= slope;
+  } else if (chain) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+      const TanhSlope<T> cap = tanh_of(a[i] * inner);
+      a[i] = outer * cap.value;
+      chain[i] = slope * cap.slope;
+    }
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) a[i] = outer * tanh_of(a[i] * inner).value;
+  }
+}
+
+template <class Z, class T>
+T tile_sum(const Z* z, int64_t n, T shift) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp_of(load(z[i]) - shift);
+  return sum;
+}
+
+// The sum, and sum exp(x) x with x = a - max: the moment of one stream with itself.
+template <class Z, class T>
+T tile_sum_and_moment(const Z* z, int64_t n, T shift, T* moment_out) {
+  T sum = 0, moment = 0;
+  PAD_SIMD_SUM(sum, moment)
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = load(z[i]) - shift;
+    const T exp = exp_of(x);
+    sum += exp;
+    moment += weighted(exp, x);
+  }
+  *moment_out = moment;
+  return sum;
+}
+
+// As tile_sum, keeping the exponentials.
+template <class T>
+T tile_exponentials(const T* a, int64_t n, T shift, T* exps) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) {
+    exps[i] = exp_of(a[i] - shift);
+    sum += exps[i];
+  }
+  return sum;
+}
+
+template <class T>
+T tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) sum += weighted(exps[i], factors[i]);
+  return sum;
+}
+
+template <class Z>
+auto tile_total(const Z* z, int64_t n) -> decltype(load(*z)) {
+  decltype(load(*z)) total = 0;
+  PAD_SIMD_SUM(total)
+  for (int64_t i = 0; i < n; ++i) total += load(z[i]);
+  return total;
+}
+
+template <class T>
+void fill_tile(T* to, int64_t n, T value) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// to += coefficient * (a - shift)
+template <class T>
+void add_shifted(T* to, const T* a, int64_t n, T coefficient, T shift) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) to[i] += coefficient * (a[i] - shift);
+}
+
+// ---------------------------------------------------------------- statistics
+
+template <class Z>
+struct Rows {
+  using T = typename Accumulator<Z>::type;
+
+  static const Z* logits(const StreamArgs& stream, int64_t row, int64_t col) {
+    return static_cast<const Z*>(stream.logits) + row * stream.ld + col;
+  }
+  static const T* bias(const StreamArgs& stream, int64_t col) {
+    return stream.bias ? static_cast<const T*>(stream.bias) + col : nullptr;
+  }
+  // Whether the stored logits can be read as they are.
+  static bool raw(const StreamArgs& stream, const Head<T>& head) {
+    return head.identity && !stream.bias;
+  }
+};
+
+// What one call needs of its arguments, in the types of the loops.
+template <class Z>
+struct StatisticsPlan {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args;
+  Head<T> head[kMaxStreams];
+  Moment<double> moment[kMaxMoments];
+
+  explicit StatisticsPlan(const StatisticsArgs& arguments) : args(arguments) {
+    for (int j = 0; j < args.streams; ++j) {
+      const StreamArgs& stream = args.stream[j];
+      head[j] = make_head<T>(stream.scale, stream.softcap, stream.temperature);
+    }
+    for (int k = 0; k < args.moments; ++k) {
+      moment[k].weight = args.moment[k].weight;
+      for (int j = 0; j < args.streams; ++j)
+        moment[k].coefficients[j] = args.moment[k].coefficients[j];
+    }
+  }
+
+  void merge_into(RowState<double>& into, const RowState<double>& other) const {
+    merge(into, other, args.streams, moment, args.moments);
+  }
+};
+
+// The argmax of a tile, searched only where the tile can change the row's.
+template <class Z, class T>
+void tile_argmax(const Z* z, int64_t n, int64_t first, T maximum, bool has_nan,
+                 const RowState<double>& so_far, RowState<double>& tile) {
+  if (!has_nan && so_far.best_index >= 0 && !(double(maximum) > so_far.best)) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const T a = load(z[i]);
+    if (has_nan ? a != a : a == maximum) {
+      tile.best = a;
+      tile.best_index = first + i;
+      return;
+    }
+  }
+}
+
+// A row of one stream, identity head or not: maximum, exponential sum, at most a second look.
+template <class A, class Z>
+void one_stream_tile(const StatisticsPlan<Z>& plan, const A* a, int64_t n, int64_t first,
+                     const RowState<double>& so_far, RowState<double>& tile) {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args = plan.args;
+  const T tile_max = tile_maximum(a, n);
+  const T maximum = larger(T(so_far.maximum[0]), tile_max);
+  const T shift = shift_of(maximum);
+  T sum, moment = 0;
+  sum = args.moments ? tile_sum_and_moment(a, n, shift, &moment) : tile_sum(a, n, shift);
+  tile.maximum[0] = maximum;
+  tile.sum[0] = sum;
+  for (int k = 0; k < args.moments; ++k) {
+    const double c = plan.moment[k].coefficients[0];
+    tile.moment[k] = c == 0 ? 0 : c * moment;
+  }
+  if (args.total) tile.total = tile_total(a, n);
+  if (args.argmax) tile_argmax(a, n, first, tile_max, sum != sum, so_far, tile);
+}
+
+template <class Z>
+void many_streams_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                       const RowState<double>& so_far, RowState<double>& tile) {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args = plan.args;
+  alignas(64) T a[kMaxStreams][kTile];
+  alignas(64) T exps[kTile];
+  alignas(64) T factors[kTile];
+  T shift[kMaxStreams];
+  T first_maximum = 0;
+  for (int j = 0; j < args.streams; ++j) {
+    const StreamArgs& stream = args.stream[j];
+    const Z* z = Rows<Z>::logits(stream, row, col);
+    transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), plan.head[j], n, a[j], nullptr);
+    const T tile_max = tile_maximum(a[j], n);
+    if (j == 0) first_maximum = tile_max;
+    const T maximum = larger(T(so_far.maximum[j]), tile_max);
+    shift[j] = shift_of(maximum);
+    tile.maximum[j] = maximum;
+  }
+  for (int w = 0; w < args.streams; ++w) {
+    tile.sum[w] = tile_exponentials(a[w], n, shift[w], exps);
+    for (int k = 0; k < args.moments; ++k) {
+      if (plan.moment[k].weight != w) continue;
+      fill_tile(factors, n, T(0));
+      for (int j = 0; j < args.streams; ++j) {
+        const T c = T(plan.moment[k].coefficients[j]);
+        if (c != T(0)) add_shifted(factors, a[j], n, c, shift[j]);
+      }
+      tile.moment[k] = tile_weighted_sum(exps, factors, n);
+    }
+  }
+  if (args.total) tile.total = tile_total(a[0], n);
+  if (args.argmax) {
+    const bool has_nan = tile.sum[0] != tile.sum[0];
+    tile_argmax(a[0], n, args.vocab_offset + col, first_maximum, has_nan, so_far, tile);
+  }
+}
+
+// The state of columns [begin, end) of one row. Tile sums are float, their sum is double.
+template <class Z>
+RowState<double> segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t begin,
+                                    int64_t end) {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args = plan.args;
+  const StreamArgs& stream = args.stream[0];
+  RowState<double> state = empty_state<double>();
+  for (int64_t col = begin; col < end; col += kTile) {
+    const int64_t n = smaller(kTile, end - col);
+    const int64_t first = args.vocab_offset + col;
+    RowState<double> tile = empty_state<double>();
+    const Z* z = Rows<Z>::logits(stream, row, col);
+    if (args.streams > 1) {
+      many_streams_tile(plan, row, col, n, state, tile);
+    } else if (Rows<Z>::raw(stream, plan.head[0])) {
+      one_stream_tile(plan, z, n, first, state, tile);
+    } else {
+      alignas(64) T a[kTile];
+      transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), plan.head[0], n, a, nullptr);
+      one_stream_tile(plan, a, n, first, state, tile);
+    }
+    plan.merge_into(state, tile);
+  }
+  return state;
+}
+
+// Joins a block's state with the running one in the caller's arrays.
+template <class Z>
+void write_state(const StatisticsPlan<Z>& plan, int64_t row, const RowState<double>& block) {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args = plan.args;
+  RowState<double> state = empty_state<double>();
+  for (int j = 0; j < args.streams; ++j) {
+    state.maximum[j] = static_cast<const T*>(args.maximum[j])[row];
+    state.sum[j] = static_cast<const T*>(args.sum[j])[row];
+  }
+  for (int k = 0; k < args.moments; ++k)
+    state.moment[k] = static_cast<const T*>(args.moment[k].value)[row];
+  if (args.total) state.total = static_cast<const T*>(args.total)[row];
+  if (args.argmax) {
+    state.best = static_cast<const T*>(args.best)[row];
+    state.best_index = args.argmax[row];
+  }
+  plan.merge_into(state, block);
+  for (int j = 0; j < args.streams; ++j) {
+    static_cast<T*>(args.maximum[j])[row] = T(state.maximum[j]);
+    static_cast<T*>(args.sum[j])[row] = T(state.sum[j]);
+  }
+  for (int k = 0; k < args.moments; ++k)
+    static_cast<T*>(args.moment[k].value)[row] = T(state.moment[k]);
+  if (args.total) static_cast<T*>(args.total)[row] = T(state.total);
+  if (args.argmax) {
+    static_cast<T*>(args.best)[row] = T(state.best);
+    args.argmax[row] = state.best_index;
+  }
+}
+
+template <class Z>
+void statistics(const StatisticsArgs& args) {
+  const StatisticsPlan<Z> plan(args);
+  const int64_t width = segment_width(args.cols);
+  const int64_t segments = (args.cols + width - 1) / width;
+  // Few rows: the threads share the segments of each.
+  const bool share = args.threads > 1 && segments > 1 && args.rows < 8 * args.threads;
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1 && !share)
+  for (int64_t row = 0; row < args.rows; ++row) {
+    RowState<double> part[kMaxSegments];
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (share)
+    for (int64_t s = 0; s < segments; ++s)
+      part[s] = segment_statistics(plan, row, s * width, smaller(args.cols, (s + 1) * width));
+    RowState<double> state = part[0];
+    for (int64_t s = 1; s < segments; ++s) plan.merge_into(state, part[s]);
+    write_state(plan, row, state);
+  }
+}
+
+// ---------------------------------------------------------------- gradient
+
+// The coefficients of one row: d = c0 + s_0 (c1 + q0 x_0), x = a - max, s = exp(x) * inverse.
+template <class T>
+struct RowCoefficients {
+  T shift, inverse, c0, c1, q0;
+};
+
+template <class T>
+PAD_HD T gradient_entry(T a, const RowCoefficients<T>& row) {
+  const T x = a - row.shift;
+  const T share = exp_of(x) * row.inverse;
+  return row.c0 + weighted(share, row.c1 + row.q0 * x);
+}
+
+template <class T>
+PAD_HD T gradient_entry_without_q(T a, const RowCoefficients<T>& row) {
+  return row.c0 + weighted(exp_of(a - row.shift) * row.inverse, row.c1);
+}
+
+// d of a tile times a constant, for the student stream alone. `out` may be `a`.
+template <class O, class A, class T>
+void one_stream_gradient(const A* a, int64_t n, const RowCoefficients<T>& coefficients, T slope,
+                         bool with_q, O* out) {
+  const RowCoefficients<T> row = coefficients;
+  if (with_q) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<O>(gradient_entry(load(a[i]), row) * slope);
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = store<O>(gradient_entry_without_q(load(a[i]), row) * slope);
+  }
+}
+
+// d += s * factor, with the share s = exp(a - shift) * inverse
+template <class T>
+void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) d[i] += weighted(exp_of(a[i] - shift) * inverse, factors[i]);
+}
+
+// d += s * constant
+template <class T>
+void add_share(T* d, const T* a, int64_t n, T shift, T constant) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) d[i] += exp_of(a[i] - shift) * constant;
+}
+
+template <class Z, class T>
+void store_tile(const T* d, const T* chain, T slope, int64_t n, Z* out) {
+  if (chain) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<Z>(d[i] * chain[i]);
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<Z>(d[i] * slope);
+  }
+}
+
+// The largest |out| of a tile as float bits, which for numbers without a sign are in order, NaN last.
+inline uint32_t magnitude_bits(float z) { return bits_as<uint32_t>(z) & 0x7fffffffu; }
+inline uint32_t magnitude_bits(double z) { return magnitude_bits(float(z)); }
+inline uint32_t magnitude_bits(bfloat16 z) { return magnitude_bits(load(z)); }
+template <class Z>
+uint32_t tile_magnitude(const Z* out, int64_t n) {
+  uint32_t most = 0;
+  PAD_SIMD_MAX(most)
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = magnitude_bits(out[i]);
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+// Rows of several threads meet in one tile. A maximum is the same in any order, so this is exact.
+void raise_to(float* shared, uint32_t bits) {
+  uint32_t* target = reinterpret_cast<uint32_t*>(shared);
+#if defined(__GNUC__)
+  uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (bits > seen && !__atomic_compare_exchange_n(target, &seen, bits, true, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
+  }
+#else
+#pragma omp critical(pad_raise_to)
+  *target = bits > *target ? bits : *target;
+#endif
+}
+
+template <class Z>
+struct GradientPlan {
+  using T = typename Accumulator<Z>::type;
+  const GradientArgs& args;
+  Head<T> head[kMaxStreams];
+  bool student_only;  // no term reads another stream
+
+  explicit GradientPlan(const GradientArgs& arguments) : args(arguments), student_only(true) {
+    for (int j = 0; j < args.streams; ++j) {
+      const StreamArgs& stream = args.stream[j];
+      head[j] = make_head<T>(stream.scale, stream.softcap, stream.temperature);
+      if (j > 0 && (args.q[j] || args.p[j])) student_only = false;
+    }
+  }
+
+  static T at(const void* column, int64_t row) {
+    return column ? static_cast<const T*>(column)[row] : T(0);
+  }
+  T shift(int j, int64_t row) const { return shift_of(at(args.maximum[j], row)); }
+  T inverse(int j, int64_t row) const { return inverse_of(at(args.sum[j], row)); }
+};
+
+// The sparse entries of one row, consumed from left to right.
+template <class T>
+struct SparseCursor {
+  const int64_t* ids;
+  const T* values;
+  int64_t next, count;
+
+  // Skips the ids below `id`.
+  void seek(int64_t id) {
+    int64_t low = next, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (ids[middle] < id)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    next = low;
+  }
+  bool below(int64_t end) const { return next < count && ids[next] < end; }
+  // Adds the entries of [first, first + n) to d.
+  void scatter(int64_t first, int64_t n, T* d) {
+    for (; below(first + n); ++next) d[ids[next] - first] += values[next];
+  }
+};
+
+// d of one tile in full generality: every stream, every coefficient, one loop for each term.
+template <class Z, class T>
+void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                           const RowCoefficients<T>& student, T* d, T* chain) {
+  const GradientArgs& args = plan.args;
+  alignas(64) T a[kMaxStreams][kTile];
+  alignas(64) T factors[kTile];
+  for (int j = 0; j < args.streams; ++j) {
+    if (j > 0 && !args.q[j] && !args.p[j]) continue;
+    const StreamArgs& stream = args.stream[j];
+    transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col),
+                         plan.head[j], n, a[j], j == 0 ? chain : nullptr);
+  }
+  fill_tile(factors, n, student.c1);
+  for (int j = 0; j < args.streams; ++j) {
+    const T q = plan.at(args.q[j], row);
+    if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
+  }
+  fill_tile(d, n, student.c0);
+  add_share_times(d, a[0], factors, n, student.shift, student.inverse);
+  for (int j = 1; j < args.streams; ++j)
+    if (args.p[j])
+      add_share(d, a[j], n, plan.shift(j, row), plan.at(args.p[j], row) * plan.inverse(j, row));
+}
+
+// One tile: the short way where only the student's logits matter and nothing must be added before
+// rounding, else through d in accumulator precision.
+template <class Z, class T>
+void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                   const RowCoefficients<T>& student, SparseCursor<T>& sparse, Z* out) {
+  const GradientArgs& args = plan.args;
+  const StreamArgs& stream = args.stream[0];
+  const Head<T>& head = plan.head[0];
+  const int64_t first = args.vocab_offset + col;
+  const bool with_q = args.q[0] != nullptr;
+  const Z* z = Rows<Z>::logits(stream, row, col);
+  alignas(64) T a[kTile];
+  alignas(64) T d[kTile];
+  alignas(64) T chain_tile[kTile];
+  T* chain = head.capped ? chain_tile : nullptr;
+  if (!plan.student_only) {
+    many_streams_gradient<Z, T>(plan, row, col, n, student, d, chain);
+  } else if (Rows<Z>::raw(stream, head)) {
+    if (!sparse.below(first + n)) {
+      one_stream_gradient<Z>(z, n, student, T(1), with_q, out);
+      return;
+    }
+    one_stream_gradient<T>(z, n, student, T(1), with_q, d);
+  } else {
+    transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), head, n, a, chain);
+    if (!chain && !sparse.below(first + n)) {
+      one_stream_gradient<Z>(a, n, student, head.slope, with_q, out);
+      return;
+    }
+    one_stream_gradient<T>(a, n, student, T(1), with_q, d);
+  }
+  sparse.scatter(first, n, d);
+  store_tile(d, chain, head.slope, n, out);
+}
+
+template <class Z>
+void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, int64_t end) {
+  using T = typename Accumulator<Z>::type;
+  const GradientArgs& args = plan.args;
+  RowCoefficients<T> student;
+  student.shift = plan.shift(0, row);
+  student.inverse = plan.inverse(0, row);
+  student.c0 = plan.at(args.c0, row);
+  student.c1 = plan.at(args.c1, row) + plan.at(args.p[0], row);
+  student.q0 = plan.at(args.q[0], row);
+  SparseCursor<T> sparse{nullptr, nullptr, 0, 0};
+  if (args.sparse_k > 0) {
+    sparse.ids = args.sparse_ids + row * args.sparse_k;
+    sparse.values = static_cast<const T*>(args.sparse_values) + row * args.sparse_k;
+    sparse.count = args.sparse_k;
+    sparse.seek(args.vocab_offset + begin);
+  }
+  Z* out = static_cast<Z*>(args.out) + row * args.out_ld;
+  for (int64_t col = begin; col < end;) {
+    int64_t n = smaller(kTile, end - col);
+    if (args.tile_absmax) n = smaller(n, args.tile - col % args.tile);
+    gradient_tile<Z, T>(plan, row, col, n, student, sparse, out + col);
+    if (args.tile_absmax)
+      raise_to(args.tile_absmax + col / args.tile, tile_magnitude(out + col, n));
+    col += n;
+  }
+}
+
+template <class Z>
+void gradient(const GradientArgs& args) {
+  const GradientPlan<Z> plan(args);
+  if (args.tile_absmax)
+    for (int64_t t = 0; t * args.tile < args.cols; ++t) args.tile_absmax[t] = 0;
+  const int64_t width = segment_width(args.cols);
+  const int64_t segments = (args.cols + width - 1) / width;
+  const int64_t items = args.rows * segments;
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t begin = item % segments * width;
+    segment_gradient(plan, item / segments, begin, smaller(args.cols, begin + width));
+  }
+}
+
+}  // namespace
+
+void row_statistics(const StatisticsArgs& args) {
+  if (args.rows <= 0 || args.cols <= 0) return;
+  switch (args.dtype) {
+    case DType::float32: return statistics<float>(args);
+    case DType::float64: return statistics<double>(args);
+    case DType::bfloat16: return statistics<bfloat16>(args);
+  }
+}
+
+void row_gradient(const GradientArgs& args) {
+  if (args.cols <= 0) return;
+  switch (args.dtype) {
+    case DType::float32: return gradient<float>(args);
+    case DType::float64: return gradient<double>(args);
+    case DType::bfloat16: return gradient<bfloat16>(args);
+  }
+}
+
+}  // namespace PAD_ISA
+}  // namespace pad

@@ -1,0 +1,241 @@
+// The formulas of the row functionals, once, for the CPU and the GPU.
+//
+// A row of logits is summarised by a RowState; `merge` joins the states of two parts of a row and is
+// associative, so the same function serves the next vocabulary chunk, another thread and another
+// block of threads. `gradient_entry` is the derivative with respect to one logit once the state of
+// the whole row is known. Everything is branch-free scalar code that a compiler turns into vectors.
+#pragma once
+
+#include <math.h>
+
+#include "pad.h"
+
+namespace pad {
+
+constexpr int kMaxStreams = 3;  // student, and one or two teachers
+constexpr int kMaxMoments = 4;
+
+namespace PAD_ISA {
+
+// ---------------------------------------------------------------- exponential and tanh
+
+// exp(x) = scale * (1 + tail), scale a power of two. Kept apart because expm1 needs the tail.
+template <class T>
+struct ExpParts {
+  T scale;
+  T tail;
+};
+
+// For x in [ln(FLT_MIN), ln(FLT_MAX)). ln 2 is split so that n * head is exact without an FMA, and
+// the polynomial is the minimax one of relative error 3.1e-9 on |r| <= ln(2) / 2.
+PAD_HD ExpParts<float> exp_parts(float x) {
+  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x * 1.44269504088896341f + shifter;
+  const float n = shifted - shifter;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float q = 1.3814540580e-3f;
+  q = q * r + 8.3687454462e-3f;
+  q = q * r + 4.1668388993e-2f;
+  q = q * r + 1.66665211320e-1f;
+  q = q * r + 4.99999940395e-1f;
+  const uint32_t exponent = (bits_as<uint32_t>(shifted) << 23) + 0x3f800000u;
+  return {bits_as<float>(exponent), q * r * r + r};
+}
+
+// The same in double; the Taylor series to r^13 leaves 4e-18.
+PAD_HD ExpParts<double> exp_parts(double x) {
+  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifted = x * 1.44269504088896340736 + shifter;
+  const double n = shifted - shifter;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double q = 1.0 / 6227020800.0;
+  q = q * r + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  const uint64_t exponent = (bits_as<uint64_t>(shifted) << 52) + 0x3ff0000000000000ull;
+  return {bits_as<double>(exponent), q * r * r + r};
+}
+
+// Where the exponential leaves the normal numbers: below it is an exact 0, never a denormal (they
+// are slow, and no sum of probabilities sees them); above it is +inf.
+template <class T>
+struct ExpRange;
+template <>
+struct ExpRange<float> {
+  static constexpr float lowest = -87.3365402f, highest = 88.3762589f, flat = 40.0f;
+};
+template <>
+struct ExpRange<double> {
+  static constexpr double lowest = -708.396418532264, highest = 709.0895657128, flat = 100.0;
+};
+
+// exp for every x: about 1 ulp, exact 0 from -inf to underflow, +inf from 88.4 (709.1) up, NaN stays.
+template <class T>
+PAD_HD T exp_of(T x) {
+  const ExpParts<T> parts = exp_parts(x);
+  const T value = parts.scale * parts.tail + parts.scale;
+  const T low = x < ExpRange<T>::lowest ? T(0) : value;
+  return x > ExpRange<T>::highest ? T(INFINITY) : low;
+}
+
+// tanh with small *relative* error at every size of x, from expm1(-2|x|); also 1 - tanh^2, which
+// 1 - t * t would lose to cancellation where the soft cap saturates.
+template <class T>
+struct TanhSlope {
+  T value;
+  T slope;
+};
+template <class T>
+PAD_HD TanhSlope<T> tanh_of(T x) {
+  const T doubled = T(-2) * (x < T(0) ? -x : x);
+  const T clamped = doubled < T(-2) * ExpRange<T>::flat ? T(-2) * ExpRange<T>::flat : doubled;
+  const ExpParts<T> parts = exp_parts(clamped);
+  const T expm1 = parts.scale * parts.tail + (parts.scale - T(1));
+  const T decay = parts.scale * parts.tail + parts.scale;  // exp(-2|x|)
+  const T inverse = T(1) / (T(2) + expm1);
+  const T magnitude = -expm1 * inverse;
+  return {x < T(0) ? -magnitude : magnitude, T(4) * decay * inverse * inverse};
+}
+
+// ---------------------------------------------------------------- head transform
+
+// a = softcap * tanh((z + bias) * scale / softcap) / temperature, and da/dz.
+template <class T>
+struct Head {
+  T inner;      // scale / softcap; unused without a soft cap
+  T outer;      // softcap / temperature; unused without a soft cap
+  T slope;      // scale / temperature: the derivative where nothing is capped
+  bool capped;
+  bool identity;  // a == z, but for the bias
+};
+
+template <class T>
+PAD_HD Head<T> make_head(double scale, double softcap, double temperature) {
+  Head<T> head;
+  head.capped = softcap > 0;
+  head.inner = head.capped ? T(scale / softcap) : T(0);
+  head.outer = T(softcap / temperature);
+  head.slope = T(scale / temperature);
+  head.identity = !head.capped && head.slope == T(1);
+  return head;
+}
+
+// ---------------------------------------------------------------- statistics
+
+// Finite stand-in for an empty maximum, so that -inf - max is -inf and not NaN.
+template <class T>
+PAD_HD T shift_of(T maximum) {
+  return maximum == -T(INFINITY) ? T(0) : maximum;
+}
+
+// exp * factor, where a probability of 0 counts 0 whatever it multiplies.
+template <class T>
+PAD_HD T weighted(T exp, T factor) {
+  return exp == T(0) ? T(0) : exp * factor;
+}
+
+// The larger one; NaN wins.
+template <class T>
+PAD_HD T larger(T left, T right) {
+  return (left > right || left != left) ? left : right;
+}
+
+// M = sum_v exp(a_w - max_w) * sum_j c_j (a_j - max_j)
+template <class T>
+struct Moment {
+  int weight;                  // w
+  T coefficients[kMaxStreams];  // c_j
+};
+
+template <class T>
+struct RowState {
+  T maximum[kMaxStreams];
+  T sum[kMaxStreams];  // sum_v exp(a_j - maximum_j)
+  T moment[kMaxMoments];
+  T total;  // sum_v a_0
+  T best;   // the largest a_0 and where it is; a NaN is larger than all
+  int64_t best_index;
+};
+
+template <class T>
+PAD_HD RowState<T> empty_state() {
+  RowState<T> state;
+  for (int j = 0; j < kMaxStreams; ++j) {
+    state.maximum[j] = -T(INFINITY);
+    state.sum[j] = T(0);
+  }
+  for (int k = 0; k < kMaxMoments; ++k) state.moment[k] = T(0);
+  state.total = T(0);
+  state.best = -T(INFINITY);
+  state.best_index = -1;
+  return state;
+}
+
+// exp(part - whole) with a part that is empty counting 0 and an equal one exactly 1.
+template <class T>
+PAD_HD T merge_scale(T part, T whole) {
+  if (part == whole) return T(1);
+  return part == -T(INFINITY) ? T(0) : exp_of(part - whole);
+}
+
+// What one side brings to a moment of the union, whose maxima are `maximum`.
+template <class T>
+PAD_HD T merged_moment(const RowState<T>& side, T value, const T* maximum, const Moment<T>& moment,
+                       int streams) {
+  const int w = moment.weight;
+  const T scale = merge_scale(side.maximum[w], maximum[w]);
+  if (scale == T(0) || side.sum[w] == T(0)) return T(0);
+  T shift = T(0);
+  for (int j = 0; j < streams; ++j) {
+    // A side whose stream j is all -inf has an infinite moment already: no shift changes it.
+    const bool moves = side.maximum[j] != maximum[j] && side.maximum[j] != -T(INFINITY);
+    if (moves && moment.coefficients[j] != T(0))
+      shift += moment.coefficients[j] * (side.maximum[j] - maximum[j]);
+  }
+  return scale * (value + shift * side.sum[w]);
+}
+
+template <class T>
+PAD_HD void merge(RowState<T>& into, const RowState<T>& other, int streams,
+                  const Moment<T>* moments, int moment_count) {
+  T maximum[kMaxStreams];
+  for (int j = 0; j < streams; ++j) maximum[j] = larger(into.maximum[j], other.maximum[j]);
+  for (int k = 0; k < moment_count; ++k)
+    into.moment[k] = merged_moment(into, into.moment[k], maximum, moments[k], streams) +
+                     merged_moment(other, other.moment[k], maximum, moments[k], streams);
+  for (int j = 0; j < streams; ++j) {
+    into.sum[j] = into.sum[j] * merge_scale(into.maximum[j], maximum[j]) +
+                  other.sum[j] * merge_scale(other.maximum[j], maximum[j]);
+    // A NaN among the logits reaches every sum, but not every maximum.
+    into.maximum[j] = into.sum[j] != into.sum[j] ? into.sum[j] : maximum[j];
+  }
+  into.total += other.total;
+  if (other.best_index < 0) return;
+  const bool into_nan = into.best != into.best, other_nan = other.best != other.best;
+  const bool level = into.best == other.best || (into_nan && other_nan);
+  const bool wins = level ? other.best_index < into.best_index
+                          : (other_nan || (!into_nan && other.best > into.best));
+  if (wins || into.best_index < 0) {
+    into.best = other.best;
+    into.best_index = other.best_index;
+  }
+}
+
+// ---------------------------------------------------------------- gradient
+
+// 1 / sum, where a row without any mass has probabilities of 0.
+template <class T>
+PAD_HD T inverse_of(T sum) {
+  return sum == T(0) ? T(0) : T(1) / sum;
+}
+
+}  // namespace PAD_ISA
+}  // namespace pad
