@@ -1,0 +1,89 @@
+"""The contract of a backend, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pad_kernels._checks import fail_value
+from pad_kernels.backends.registry import native_error
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import RowStats, Statistic
+
+
+class Backend(Protocol):
+    """Row passes over blocks of raw logits, one tensor [rows, cols] per stream."""
+
+    def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
+        """Why this backend cannot do the recipe; None if it can. Never touches tensors."""
+        ...
+
+    def measure(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        logits: list[Tensor],
+        offset: int,
+    ) -> None:
+        """Merge the block at vocabulary ``offset`` into the wanted running statistics."""
+        ...
+
+    def gradient(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: list[Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
+
+        ``out`` may be the student's logits. With a filter ``bound`` > 0 the largest magnitudes of
+        each column tile are returned.
+        """
+        ...
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """The backend of that name."""
+    if name == "cpp":
+        from pad_kernels.backends.cpp import CppBackend
+
+        return CppBackend()
+    from pad_kernels.backends.torch_blocked import TorchBackend
+
+    return TorchBackend()
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend's name, with "available" or the reason why it is not.
+
+    Example:
+        >>> import pad_kernels as pk
+        >>> pk.available_backends()["torch_blocked"]
+        'available'
+    """
+    return {
+        "reference": "available",
+        "torch_blocked": "available",
+        "cpp": native_error() or "available",
+    }
+
+
+def choose_backend(name: str | None, recipe: Recipe, device: torch.device) -> str:
+    """Resolve a backend: a named one never falls back, otherwise the first that can."""
+    if name in ("reference", "torch_blocked"):
+        return name
+    reason = get_backend("cpp").refuses(recipe, device)
+    if name == "cpp" and reason:
+        fail_value("plan", "a backend that can do this", f"'cpp', which cannot: {reason}")
+    return "torch_blocked" if reason else "cpp"

@@ -1,0 +1,166 @@
+"""The dense oracle: full float64 logits, formulas written out anew, derivatives by autograd.
+
+Never chosen automatically. It shares no code with the blocked engine but the names of things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.problem import check_ids
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals.base import Functional
+
+
+def _log_prob(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    return torch.log_softmax(logits[0], -1).gather(1, inputs[getattr(f, "ids")]).t()  # noqa: B009
+
+
+def _entropy(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    logprob = torch.log_softmax(logits[0], -1)
+    # Clamped, so that 0 * -inf is 0 in value and gradient.
+    return -(logprob.exp() * logprob.clamp(min=-1e30)).sum(-1).unsqueeze(0)
+
+
+def _logsumexp(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    return torch.logsumexp(logits[0], -1).unsqueeze(0)
+
+
+def _squared_logsumexp(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    return _logsumexp(f, logits, inputs) ** 2
+
+
+def _logit_sum(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    return logits[0].sum(-1).unsqueeze(0)
+
+
+def _jensen_shannon(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    alpha = getattr(f, "alpha")  # noqa: B009
+    s, t = (torch.softmax(x, -1) for x in logits)
+    m = alpha * t + (1 - alpha) * s
+    mixture_entropy = -torch.xlogy(m, m).sum(-1)
+    entropies = [-torch.xlogy(p, p).sum(-1) for p in (s, t)]
+    return (mixture_entropy - (1 - alpha) * entropies[0] - alpha * entropies[1]).unsqueeze(0)
+
+
+def _topk_forward_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    s = torch.softmax(logits[0], -1)
+    t = inputs["teacher_logprobs"].double().exp()
+    kept = s.gather(1, inputs["teacher_ids"])
+    outside = torch.ones_like(s).scatter(1, inputs["teacher_ids"], 0.0)
+    tail_s, tail_t = (s * outside).sum(1, keepdim=True), (1 - t.sum(1, keepdim=True)).clamp(min=0)
+    p, q = torch.cat((t, tail_t), 1), torch.cat((kept, tail_s), 1)
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1).unsqueeze(0)
+
+
+ORACLES: dict[str, Callable[[Functional, list[Tensor], Mapping[str, Tensor]], Tensor]] = {
+    "LogProb": _log_prob,
+    "Entropy": _entropy,
+    "LogSumExp": _logsumexp,
+    "SquaredLogSumExp": _squared_logsumexp,
+    "LogitSum": _logit_sum,
+    "JensenShannon": _jensen_shannon,
+    "TopKForwardKL": _topk_forward_kl,
+}
+
+
+def _dense_logits(
+    recipe: Recipe, hidden: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    logits = []
+    for h, w, b, head in zip(hidden, weights, biases, recipe.heads, strict=True):
+        z = h.double() @ w[: recipe.vocab].double().t()
+        if b is not None:
+            z = z + b[: recipe.vocab].double()
+        z = z * head.logit_scale
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+        logits.append(z / head.temperature)
+    return logits
+
+
+def _values(
+    recipe: Recipe,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Values [outputs, N] in float64 and the student's logits."""
+    rest = list(teachers)
+    heads = [student]
+    for biased in recipe.biased[1:]:
+        heads.append((rest.pop(0), rest.pop(0), rest.pop(0) if biased else None))
+    logits = _dense_logits(recipe, [h[0] for h in heads], [h[1] for h in heads], [h[2] for h in heads])
+    inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
+    ignored = None
+    if recipe.ignore_index is not None and "labels" in inputs:
+        ignored = inputs["labels"][:, 0] == recipe.ignore_index
+        inputs["labels"] = inputs["labels"].masked_fill(ignored.unsqueeze(1), 0)
+    check_ids(recipe, inputs)
+    found = [ORACLES[type(f).__name__](f, logits, inputs) for f in recipe.functionals]
+    values = torch.cat(found, 0)
+    return (values if ignored is None else torch.where(ignored, 0.0, values)), logits[0]
+
+
+def forward(
+    recipe: Recipe,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Values [outputs, N] and greedy tokens [N]."""
+    values, logits = _values(recipe, (hidden, weight, bias), row_inputs, teachers)
+    greedy = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    if recipe.argmax:
+        greedy = logits.argmax(-1)
+    return values.to(accumulate_dtype(hidden.dtype)), greedy
+
+
+def backward(
+    recipe: Recipe,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias by autograd through the dense computation.
+
+    Autograd is switched off inside an op's body; a fresh thread does not inherit that.
+    """
+    arguments = (recipe, grad, hidden, weight, bias, row_inputs, teachers)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_backward, *arguments).result()
+
+
+def _backward(
+    recipe: Recipe,
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+) -> list[Tensor | None]:
+    leaves = [
+        None if x is None else x.detach().double().requires_grad_(need)
+        for x, need in zip((hidden, weight, bias), recipe.needs, strict=True)
+    ]
+    assert leaves[0] is not None and leaves[1] is not None
+    with torch.enable_grad():
+        values, _ = _values(recipe, (leaves[0], leaves[1], leaves[2]), row_inputs, teachers)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found = list(torch.autograd.grad(values, wanted, grad.double()))
+    dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
+    return [
+        found.pop(0).to(dtype) if x is not None and x.requires_grad else None
+        for x, dtype in zip(leaves, dtypes, strict=True)
+    ]

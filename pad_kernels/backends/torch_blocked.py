@@ -1,0 +1,138 @@
+"""Row passes in plain torch, on any device, in tiles that bound the temporaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.planner import TORCH_TILE
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import (
+    Block,
+    Normalizer,
+    RowStats,
+    Statistic,
+    finite_or_zero,
+    measure,
+    merge,
+)
+
+
+def _tiles(rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
+    """Row and column ranges of tiles of at most TORCH_TILE elements, columns in filter tiles."""
+    width = max(TORCH_TILE // max(rows, 1) // FILTER_TILE, 1) * FILTER_TILE
+    height = max(TORCH_TILE // min(width, max(cols, 1)), 1)
+    for top in range(0, rows, height):
+        for left in range(0, cols, width):
+            yield top, min(top + height, rows), left, min(left + width, cols)
+
+
+class TorchBackend:
+    """Every functional, any device."""
+
+    def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
+        return None
+
+    @staticmethod
+    def _raw(problem: Problem, stream: int, tile: Tensor, offset: int) -> Tensor:
+        """A tile's products in the accumulation dtype, bias added."""
+        raw = tile.to(problem.accumulate)
+        bias = problem.streams[stream].bias
+        return raw if bias is None else raw + bias[offset : offset + tile.shape[1]]
+
+    def _logits(self, problem: Problem, tiles: list[Tensor], offset: int) -> list[Tensor]:
+        return [
+            problem.streams[j].head.transform(self._raw(problem, j, tile, offset))
+            for j, tile in enumerate(tiles)
+        ]
+
+    def measure(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        logits: list[Tensor],
+        offset: int,
+    ) -> None:
+        for top, bottom, left, right in _tiles(*logits[0].shape):
+            rows = stats.rows(top, bottom)
+            tiles = [z[top:bottom, left:right] for z in logits]
+            block = Block(
+                self._logits(problem, tiles, offset + left), offset + left, rows.inputs
+            )
+            fresh = measure(wanted, block, rows)
+            running = RowStats({s: rows[s] for s in wanted}, rows.inputs)
+            for statistic, value in merge(running, fresh).items():
+                rows[statistic].copy_(value)
+
+    def gradient(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: list[Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        cols = out.shape[1]
+        peaks = None
+        if bound > 0:
+            peaks = stats.maximum().new_zeros(-(-cols // FILTER_TILE))
+        for top, bottom, left, right in _tiles(*out.shape):
+            rows, part = stats.rows(top, bottom), gradient.rows(top, bottom)
+            tiles = [z[top:bottom, left:right] for z in logits]
+            shift = offset + left
+            raw = self._raw(problem, 0, tiles[0], shift)
+            a = [problem.streams[0].head.transform(raw)]
+            a += [
+                problem.streams[j].head.transform(self._raw(problem, j, tile, shift))
+                for j, tile in enumerate(tiles)
+                if j > 0
+            ]
+            dense = _dense(a, rows, part)
+            for ids, values in part.sparse:
+                local = ids - shift
+                inside = (local >= 0) & (local < right - left)
+                dense.scatter_add_(1, torch.where(inside, local, 0), values * inside)
+            dense *= problem.streams[0].head.chain(raw)
+            if peaks is not None:
+                first = left // FILTER_TILE
+                for k in range(first, -(-right // FILTER_TILE)):
+                    tile_max = dense[:, k * FILTER_TILE - left :][:, :FILTER_TILE].abs().max()
+                    peaks[k] = torch.maximum(peaks[k], tile_max)
+            out[top:bottom, left:right].copy_(dense)
+        return peaks
+
+
+def _dense(a: list[Tensor], stats: RowStats, gradient: LogitGradient) -> Tensor:
+    """The dense part of the gradient with respect to the transformed logits."""
+
+    def probability(j: int) -> Tensor:
+        maximum, total = stats[Normalizer(j)]
+        return torch.exp(a[j] - finite_or_zero(maximum).unsqueeze(-1)) / total.unsqueeze(-1)
+
+    dense = torch.zeros_like(a[0])
+    if gradient.student is not None or gradient.moments:
+        s = probability(0)
+        factor = torch.zeros_like(s)
+        if gradient.student is not None:
+            factor += gradient.student.unsqueeze(-1)
+        for j, q in gradient.moments.items():
+            shifted = a[j] - finite_or_zero(stats.maximum(j)).unsqueeze(-1)
+            factor += q.unsqueeze(-1) * shifted
+        dense += torch.where(s == 0, 0.0, s * factor)
+    for j, p in gradient.probabilities.items():
+        dense += p.unsqueeze(-1) * probability(j)
+    if gradient.curved:
+        logprobs = [x - stats.logsumexp(j).unsqueeze(-1) for j, x in enumerate(a)]
+        for functional, grad in gradient.curved:
+            dense += functional.curved(logprobs, grad, stats)
+    if gradient.constant is not None:
+        dense += gradient.constant.unsqueeze(-1)
+    return dense

@@ -1,0 +1,130 @@
+"""From checked arguments to an op: flat rows, the gradients wanted, the backend and the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pad_kernels._checks import check_tensor, fail_type, fail_value
+from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
+from pad_kernels.backends.base import choose_backend
+from pad_kernels.engine import ops
+from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+from pad_kernels.engine.problem import plan_shape
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals.base import Functional
+from pad_kernels.heads import Head
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device, None when it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+@dataclass
+class Call:
+    """One use of the row engine.
+
+    Args:
+        student: the head that may want gradients.
+        teachers: heads that may not.
+        inputs: per-row inputs by name, each [N, k]; ``labels`` is [N, 1].
+        ignore_index: label of rows to leave out.
+        plan: the public ``plan=`` argument.
+    """
+
+    student: Head
+    teachers: Sequence[Head] = ()
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    ignore_index: int | None = None
+    plan: PlanRequest | Plan | str | None = None
+
+    def __post_init__(self) -> None:
+        device = check_tensor("hidden", self.student.hidden).device
+        autocast = autocast_dtype(device)
+        heads = [self.student, *self.teachers]
+        names = ["", "teacher.", "reference."] if len(heads) > 1 else [""]
+        self._options = [h.checked(n, gemm=autocast) for h, n in zip(heads, names, strict=False)]
+        dtypes = {x.dtype for h in heads for x in (h.hidden, h.weight)}
+        if torch.float64 in dtypes and len(dtypes) > 1:
+            fail_type("weight", "float64 like the other inputs, or none of them in it", "a mixture")
+        student = self.student.hidden.dtype
+        mixed = autocast if autocast is not None and student != torch.float64 else student
+        self._gemm = gemm_dtype(mixed)
+        self._request = PlanRequest.of(self.plan)
+        sizes = [h.weight.shape[0] if h.vocab_size is None else h.vocab_size for h in heads]
+        if len(set(sizes)) > 1:
+            fail_value("vocab_size", "equal vocabularies for all heads", sizes)
+        self.vocab = sizes[0]
+
+    @property
+    def rows(self) -> Tensor:
+        """The student's hidden states as [N, H]."""
+        return self.student.hidden.reshape(-1, self.student.hidden.shape[-1])
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Dtype of the values."""
+        return accumulate_dtype(self.student.hidden.dtype)
+
+    def recipe(
+        self, functionals: Sequence[Functional], *, argmax: bool = False, topk: int = 0
+    ) -> Recipe:
+        """The static half of the call."""
+        student, grad = self.student, torch.is_grad_enabled()
+        bias = student.bias
+        recipe = Recipe(
+            functionals=tuple(functionals),
+            heads=tuple(self._options),
+            biased=tuple(h.bias is not None for h in (student, *self.teachers)),
+            input_names=tuple(self.inputs),
+            vocab=self.vocab,
+            ignore_index=self.ignore_index,
+            gemm=self._gemm,
+            needs=(
+                grad and student.hidden.requires_grad,
+                grad and student.weight.requires_grad,
+                grad and bias is not None and bias.requires_grad,
+            ),
+            argmax=argmax,
+            request=self._request,
+            topk=topk,
+        )
+        return recipe.on(choose_backend(self._request.backend, recipe, student.hidden.device))
+
+    def shape(self, recipe: Recipe, *, reduced: bool) -> Shape:
+        """What the planner would see."""
+        heads = [self.student, *self.teachers]
+        hidden = [h.hidden.reshape(-1, h.hidden.shape[-1]) for h in heads]
+        return plan_shape(recipe, hidden, [h.weight for h in heads], reduced=reduced)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        teachers: list[Tensor] = []
+        for head in self.teachers:
+            teachers += [head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight]
+            teachers += [] if head.bias is None else [head.bias]
+        student = self.student
+        return self.rows, student.weight, student.bias, list(self.inputs.values()), teachers
+
+    def tokens(
+        self, functionals: Sequence[Functional], *, argmax: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Per-token values [outputs, N], differentiable, and greedy tokens [N] if wanted."""
+        recipe = self.recipe(functionals, argmax=argmax)
+        if self._request.schedule == "early" and any(recipe.needs):
+            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        values, greedy, _, _ = ops.token_outputs(*self.tensors(), recipe.dumps())
+        return values, greedy
+
+    def total(self, functionals: Sequence[Functional], coefficients: Tensor) -> Tensor:
+        """sum(coefficients * values) as one differentiable number; coefficients are [outputs, N]."""
+        if coefficients.requires_grad and torch.is_grad_enabled():
+            values, _ = self.tokens(functionals)
+            return torch.where(coefficients == 0, 0.0, values * coefficients).sum()
+        recipe = self.recipe(functionals)
+        return ops.weighted_sum(*self.tensors(), coefficients, recipe.dumps())[0]

@@ -1,0 +1,233 @@
+"""Where gradients add up: hidden states, weight and bias, each in the dtype that loses nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pad_kernels.engine.plan import Plan
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.workspace import Workspace, empty
+
+if TYPE_CHECKING:
+    from pad_kernels.engine.schedule import Pass
+
+#: Columns of the logit gradient that the filter keeps or skips together.
+FILTER_TILE = 256
+
+
+def column_runs(peaks: Tensor | None, bound: float, cols: int) -> list[tuple[int, int]]:
+    """Column ranges to multiply: all of them, or those whose tiles reach the filter's bound."""
+    if peaks is None:
+        return [(0, cols)]
+    runs: list[tuple[int, int]] = []
+    for tile, keep in enumerate((~(peaks < bound)).tolist()):
+        if keep:
+            start, stop = tile * FILTER_TILE, min((tile + 1) * FILTER_TILE, cols)
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((start, stop))
+    return runs
+
+
+class GradientBuffers:
+    """Gradients of hidden [N, H], weight [V, H] and bias [V], in the making.
+
+    ``early`` says that the upstream gradient is not known yet. float16 gradients are then summed in
+    float32 and stored times a power of two, so that a loss scale that arrives later finds them
+    whole; :meth:`finish` tells the factors that are left to apply.
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, workspace: Workspace, *, early: bool) -> None:
+        self.problem, self.plan, self.workspace, self.early = problem, plan, workspace, early
+        needs, student = problem.recipe.needs, problem.streams[0]
+        accumulate, device = problem.accumulate, problem.device
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self._hidden_sum: Tensor | None = None
+        self._weight_sum: Tensor | None = None
+        self._scratch: dict[str, Tensor] = {}
+        self._weight_started = False
+        if needs[0]:
+            shape = (problem.tokens, student.hidden.shape[1])
+            self.hidden = empty(shape, student.hidden.dtype, device)
+            if problem.live is not None or problem.rows == 0:
+                self.hidden.zero_()
+            if early and student.hidden.dtype == torch.float16:
+                self._hidden_sum = workspace.empty(*shape, dtype=accumulate).zero_()
+        if needs[1]:
+            self.weight = empty(tuple(problem.weight.shape), student.weight.dtype, device)
+            self.weight[problem.recipe.vocab if problem.rows else 0 :].zero_()
+            if plan.weight_accumulator:
+                shape = (problem.recipe.vocab, student.weight.shape[1])
+                self._weight_sum = workspace.empty(*shape, dtype=accumulate)
+        if needs[2]:
+            self.bias = workspace.empty(problem.weight.shape[0], dtype=accumulate).zero_()
+
+    def _buffer(self, name: str, rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A scratch buffer [rows, H] that is made once."""
+        if name not in self._scratch:
+            self._scratch[name] = self.workspace.empty(rows, like.shape[1], dtype=dtype)
+        return self._scratch[name]
+
+    # --- early: a block of rows, the whole vocabulary --------------------------------------------
+
+    def add_rows(
+        self,
+        run: Pass,
+        dz: Tensor,
+        hidden: Tensor,
+        span: tuple[int, int],
+        runs: list[tuple[int, int]],
+    ) -> None:
+        """Add a token block: ``dz`` [rows, V] of the live rows of ``span``, at column ranges."""
+        if self.hidden is not None:
+            self._set_hidden(run, dz, span, runs)
+        if self.weight is not None:
+            self._add_weight(dz, hidden, runs)
+        if self.bias is not None:
+            self.bias[: dz.shape[1]] += dz.sum(0, dtype=self.bias.dtype)
+
+    def _set_hidden(
+        self, run: Pass, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
+    ) -> None:
+        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
+        rows, copy, live = dz.shape[0], run.copies[0], self.problem.live
+        part = self._buffer("product", self.plan.token_block, student.weight, gemm)[:rows]
+        if copy is None and runs == [(0, dz.shape[1])]:
+            found = torch.mm(dz, student.weight, out=part)
+        else:
+            sums = self._buffer(
+                "rows", self.plan.token_block, student.weight, self.problem.accumulate
+            )
+            found = sums[:rows].zero_()
+            for a, b in _steps(runs, dz.shape[1] if copy is None else copy.shape[0]):
+                _add_product(found, dz[:, a:b], student.weights(a, b, gemm, copy), part)
+        target = self.hidden if self._hidden_sum is None else self._hidden_sum
+        assert target is not None
+        if live is None:
+            target[span[0] : span[1]].copy_(found)
+        else:
+            target.index_copy_(0, live[span[0] : span[1]], found.to(target.dtype))
+
+    def _add_weight(self, dz: Tensor, hidden: Tensor, runs: list[tuple[int, int]]) -> None:
+        total = self.weight if self._weight_sum is None else self._weight_sum
+        assert total is not None
+        if not self._weight_started and runs != [(0, dz.shape[1])]:
+            total[: dz.shape[1]].zero_()
+            self._weight_started = True
+        step = dz.shape[1] if total.dtype == dz.dtype else self.plan.vocab_block
+        for a, b in _steps(runs, step):
+            if self._weight_started:
+                part = None
+                if total.dtype != dz.dtype:
+                    part = self._buffer("weight", step, hidden, dz.dtype)[: b - a]
+                _add_product(total[a:b], dz[:, a:b].t(), hidden, part)
+            else:
+                self._set_product(total[a:b], dz[:, a:b].t(), hidden, step)
+        self._weight_started = True
+
+    # --- late and kept: all rows, a vocabulary chunk ---------------------------------------------
+
+    def add_columns(
+        self,
+        run: Pass,
+        dz: Tensor,
+        hidden: Tensor,
+        span: tuple[int, int],
+        runs: list[tuple[int, int]],
+    ) -> None:
+        """Add a vocabulary chunk: ``dz`` [live rows, cols] of the entries of ``span``."""
+        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
+        start, stop = span
+        if self.weight is not None:
+            chunk = self.weight[start:stop]
+            if runs != [(0, dz.shape[1])]:
+                chunk.zero_()
+            for a, b in runs:
+                self._set_product(chunk[a:b], dz[:, a:b].t(), hidden, self.plan.vocab_block)
+        if self.bias is not None:
+            torch.sum(dz, 0, dtype=self.bias.dtype, out=self.bias[start:stop])
+        if self.hidden is None:
+            return
+        total = self._hidden_total()
+        part = None
+        if total.dtype != gemm:
+            part = self._buffer("product", total.shape[0], total, gemm)
+        for a, b in runs:
+            weight = student.weights(start + a, start + b, gemm, run.copies[0])
+            _add_product(total, dz[:, a:b], weight, part)
+
+    def _hidden_total(self) -> Tensor:
+        """Where chunks add up: the output itself if it can hold the sum, else an accumulator."""
+        assert self.hidden is not None
+        if self._hidden_sum is None:
+            if self.problem.live is None and self.hidden.dtype == self.problem.accumulate:
+                self._hidden_sum = self.hidden.zero_()
+            else:
+                shape = (self.problem.rows, self.hidden.shape[1])
+                self._hidden_sum = self.workspace.empty(*shape, dtype=self.problem.accumulate)
+                self._hidden_sum.zero_()
+        return self._hidden_sum
+
+    def _set_product(self, target: Tensor, left: Tensor, right: Tensor, step: int) -> None:
+        """target = left @ right, through scratch where the product has another dtype."""
+        if target.dtype == left.dtype:
+            torch.mm(left, right, out=target)
+        else:
+            part = self._buffer("weight", step, right, left.dtype)[: target.shape[0]]
+            target.copy_(torch.mm(left, right, out=part))
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """Gradients in their parameters' dtypes, and the three factors that they still lack."""
+        factors = torch.ones(3, dtype=torch.float64)
+        if self.hidden is not None and self._hidden_sum is not None and self.problem.rows:
+            total, live = self._hidden_sum, self.problem.live
+            if total.shape == self.hidden.shape:
+                factors[0] = self._store(self.hidden, total)
+            else:
+                assert live is not None
+                self.hidden.index_copy_(0, live, total.to(self.hidden.dtype))
+        if self.weight is not None and self._weight_sum is not None and self.problem.rows:
+            factors[1] = self._store(self.weight[: self.problem.recipe.vocab], self._weight_sum)
+        bias = None
+        if self.bias is not None:
+            assert self.problem.bias_dtype is not None
+            bias = torch.empty_like(self.bias, dtype=self.problem.bias_dtype)
+            factors[2] = self._store(bias, self.bias)
+        return self.hidden, self.weight, bias, factors
+
+    def _store(self, target: Tensor, total: Tensor) -> float:
+        """Copy a sum to its final dtype, float16 times a power of two; return what is lacking."""
+        factor = 1.0
+        if self.early and target.dtype == torch.float16 and total.numel():
+            largest = float(total.abs().max())
+            if 0.0 < largest < math.inf:
+                exponent = 14 - math.frexp(largest)[1]
+                total.mul_(2.0**exponent)
+                factor = 2.0**-exponent
+        if target is not total:
+            target.copy_(total)
+        return factor
+
+
+def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    for start, stop in runs:
+        for a in range(start, stop, size):
+            yield a, min(a + size, stop)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, part: Tensor | None) -> None:
+    """total += left @ right, through ``part`` where the product has another dtype."""
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        total += torch.mm(left, right, out=part)

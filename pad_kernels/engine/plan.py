@@ -1,0 +1,189 @@
+"""What a caller may ask of a plan, what a plan depends on, and the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from pad_kernels._checks import check_choice, check_integer, check_number, fail_type, fail_value
+
+SCHEDULES = ("early", "late", "kept")
+BACKENDS = ("reference", "torch_blocked", "cpp")
+
+_limit: int | None = None
+
+
+@contextmanager
+def workspace_limit(limit: int) -> Iterator[None]:
+    """Bound the workspace of every op called inside the ``with`` block.
+
+    Args:
+        limit: bytes. An op that cannot do with so little raises and names the smallest limit.
+
+    Example:
+        >>> import torch, pad_kernels as pk
+        >>> with pk.workspace_limit(64 << 20):
+        ...     loss = pk.linear_cross_entropy(
+        ...         torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4]))
+    """
+    global _limit
+    before, _limit = _limit, check_integer("limit", limit, at_least=1)
+    try:
+        yield
+    finally:
+        _limit = before
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a caller asks of a plan; None leaves the choice to the planner.
+
+    Args:
+        schedule: "early", "late" or "kept".
+        backend: "cpp", "torch_blocked" or "reference"; a named backend never falls back.
+        budget: workspace in bytes.
+        filter: skip column blocks of the logit gradient whose largest entry is below this fraction
+            of the largest per-token weight; 0 is exact. Each entry of the logit gradient is then
+            off by at most ``filter`` times that weight.
+        token_block: rows of a token block.
+        vocab_block: entries of a vocabulary chunk.
+        kept_rows: rows that keep their logits between forward and backward.
+    """
+
+    schedule: str | None = None
+    backend: str | None = None
+    budget: int | None = None
+    filter: float = 0.0
+    token_block: int | None = None
+    vocab_block: int | None = None
+    kept_rows: int | None = None
+
+    @staticmethod
+    def of(plan: PlanRequest | Plan | str | None) -> PlanRequest:
+        """Read what the public ``plan=`` argument accepts, with the limit in force."""
+        if plan is None:
+            request = PlanRequest()
+        elif isinstance(plan, str):
+            request = PlanRequest._parse(plan)
+        elif isinstance(plan, Plan):
+            request = plan.request()
+        elif isinstance(plan, PlanRequest):
+            request = plan._checked()
+        else:
+            fail_type("plan", "None, a string, a PlanRequest or a Plan", plan)
+        if _limit is not None:
+            budget = _limit if request.budget is None else min(request.budget, _limit)
+            request = replace(request, budget=budget)
+        return request
+
+    @staticmethod
+    def _parse(text: str) -> PlanRequest:
+        schedule, backend = None, None
+        for word in text.split(":"):
+            if word in SCHEDULES and schedule is None:
+                schedule = word
+            elif word in BACKENDS and backend is None:
+                backend = word
+            else:
+                known = f"a schedule {SCHEDULES}, a backend {BACKENDS}, or 'schedule:backend'"
+                fail_value("plan", known, repr(text))
+        return PlanRequest(schedule, backend)
+
+    def _checked(self) -> PlanRequest:
+        if self.schedule is not None:
+            check_choice("plan.schedule", self.schedule, SCHEDULES)
+        if self.backend is not None:
+            check_choice("plan.backend", self.backend, BACKENDS)
+        check_number("plan.filter", self.filter, at_least=0.0, below=1.0)
+        for name in ("budget", "token_block", "vocab_block"):
+            if getattr(self, name) is not None:
+                check_integer(f"plan.{name}", getattr(self, name), at_least=1)
+        if self.kept_rows is not None:
+            check_integer("plan.kept_rows", self.kept_rows, at_least=0)
+        return self
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a plan depends on besides the request.
+
+    ``reduced`` says that the op's output is one number. ``copied_weights`` that some weight cannot
+    enter a matrix product as it lies (another dtype, odd strides) and is copied chunk by chunk.
+    """
+
+    tokens: int
+    vocab: int
+    hidden: tuple[int, ...]
+    input: torch.dtype
+    weight: torch.dtype
+    gemm: torch.dtype
+    needs: tuple[bool, bool, bool]
+    reduced: bool
+    sweeps: int
+    backend: str
+    device: str = "cpu"
+    device_bytes: int = 0
+    copied_weights: bool = False
+
+    @property
+    def streams(self) -> int:
+        """Student and teachers."""
+        return len(self.hidden)
+
+    @property
+    def unit(self) -> int:
+        """Half the flops of one matrix product over every stream: N H V summed."""
+        return self.tokens * self.vocab * sum(self.hidden)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an op will run. Print it, or pass it back as ``plan=``.
+
+    Args:
+        schedule: "early", "late" or "kept".
+        backend: who does the row passes.
+        token_block: rows of a token block (early, kept, and two-sweep statistics).
+        vocab_block: entries of a vocabulary chunk (late, and gradients that run over chunks).
+        kept_rows: rows whose logits stay between forward and backward.
+        gradient_over: "tokens" (block by block, early) or "vocabulary" (chunk by chunk, no
+            weight-gradient accumulator).
+        weight_accumulator: whether a float32 [V, H] accumulator is part of the workspace.
+        gemm: dtype of the matrix products' operands.
+        accumulate: dtype of statistics and accumulators.
+        filter: see PlanRequest.
+        workspace_bytes: most workspace in use at any time, kept logits included.
+        flops: of the matrix products, forward and backward.
+        seconds: predicted time of the matrix products and of the memory traffic around them.
+        reason: one sentence.
+    """
+
+    schedule: str
+    backend: str
+    token_block: int
+    vocab_block: int
+    kept_rows: int
+    gradient_over: str
+    weight_accumulator: bool
+    gemm: torch.dtype
+    accumulate: torch.dtype
+    filter: float
+    workspace_bytes: int
+    flops: int
+    seconds: float
+    reason: str
+
+    def request(self) -> PlanRequest:
+        """The request that gives this plan again."""
+        return PlanRequest(
+            self.schedule,
+            self.backend,
+            self.workspace_bytes,
+            self.filter,
+            self.token_block,
+            self.vocab_block,
+            self.kept_rows,
+        )

@@ -1,0 +1,322 @@
+"""Shapes and a budget to a plan: which schedule, which blocks, how much memory, and why.
+
+A pure function of shapes, dtypes, wanted gradients and the request, so that it can be printed,
+tested without any device, and gives the same answer to fake tensors, ranks and recomputation.
+It writes down every schedule it knows over a ladder of block sizes, counts each one's bytes and
+flops, and takes the fastest that fits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from pad_kernels._checks import fail_value
+from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+
+#: Default workspace on a CPU: below 256 MiB, and room for (1024, 49152) float32 logits kept whole.
+CPU_BUDGET = 240 << 20
+#: Share of a GPU's total memory.
+GPU_SHARE = 1 / 32
+#: Element-wise temporaries of the plain torch row passes: tiles of this many elements, about so
+#: many of them alive at once.
+TORCH_TILE = 1 << 18
+TORCH_TEMPORARIES = 16
+#: Above this many rows a block never holds all of them.
+WHOLE_ROWS = 512
+#: (flops a second of a matrix product, bytes a second of memory), for comparing plans; measured on
+#: two cores of an AVX-512 server with AMX. Only their ratio decides anything.
+_RATES = {
+    ("cpu", torch.float64): (1.2e11, 2e10),
+    ("cpu", torch.float32): (2.4e11, 2e10),
+    ("cpu", torch.bfloat16): (9e11, 2e10),
+    ("cuda", torch.float64): (3e13, 3e12),
+    ("cuda", torch.float32): (3e14, 3e12),
+    ("cuda", torch.bfloat16): (7e14, 3e12),
+}
+#: Seconds of Python and dispatch for one block.
+_BLOCK_OVERHEAD = 3e-4
+
+
+def default_budget(device: str, device_bytes: int) -> int:
+    """Workspace when nobody says otherwise: never a function of what happens to be free."""
+    return CPU_BUDGET if device == "cpu" else int(device_bytes * GPU_SHARE)
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(shape: Shape, request: PlanRequest) -> Plan:
+    """Choose the plan for a shape: of all that fit the budget, the one predicted to be fastest.
+
+    Raises:
+        ValueError: the op cannot run on the requested schedule, or not within the budget; the
+            message then names the smallest budget that can.
+    """
+    budget = request.budget or default_budget(shape.device, shape.device_bytes)
+    candidates = list(_Candidates(shape, request, budget).all())
+    fitting = [plan for plan in candidates if plan.workspace_bytes <= budget]
+    if not fitting:
+        smallest = min(plan.workspace_bytes for plan in candidates)
+        fail_value("plan", f"a workspace budget of at least {smallest} bytes", f"{budget} bytes")
+    return min(fitting, key=lambda plan: plan.seconds)
+
+
+def _ladder(total: int, step: int, whole: bool) -> Iterator[int]:
+    """Block sizes for ``total`` items, largest first, rounded up to ``step``."""
+    blocks, last = (1.0 if whole or total <= step else 2.0), 0
+    while True:
+        size = -(-total // int(blocks))
+        if total > step:
+            size = -(-size // step) * step
+        if size != last:
+            yield max(size, 1)
+            last = size
+        if size <= step:
+            return
+        blocks = max(blocks + 1, blocks * 1.25)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Every plan that could do the job, its memory and time written out."""
+
+    shape: Shape
+    request: PlanRequest
+    budget: int
+
+    def all(self) -> Iterator[Plan]:
+        """The plans of the requested schedule, or of all that apply."""
+        shape, wanted = self.shape, self.request.schedule
+        if not any(shape.needs):
+            yield from self._forward_only(wanted or "late")
+            return
+        if wanted == "early" and not shape.reduced:
+            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        if shape.reduced and wanted in (None, "early"):
+            yield from self._early_tokens()
+        if wanted == "early" and torch.float16 not in (shape.input, shape.weight):
+            yield from self._over_vocabulary("early", 0)
+        if wanted in (None, "late"):
+            yield from self._over_vocabulary("late", 0)
+        if wanted in (None, "kept"):
+            yield from self._kept()
+
+    # --- memory of each pass, in the terms of engine/schedule.py -------------------------------
+
+    @property
+    def _item(self) -> int:
+        return self.shape.gemm.itemsize
+
+    @property
+    def _acc(self) -> int:
+        return accumulate_dtype(self.shape.input).itemsize
+
+    def _shared(self, cols: int) -> int:
+        """Buffers of every pass: a copied weight chunk, temporaries of the plain torch backend."""
+        copied = cols * max(self.shape.hidden) * self._item if self.shape.copied_weights else 0
+        tiles = TORCH_TILE * TORCH_TEMPORARIES * self._acc
+        return copied + (0 if self.shape.backend == "cpp" else tiles)
+
+    def _rows_bytes(self, rows: int) -> int:
+        """Hidden states of some rows of every stream, gathered in the product's dtype."""
+        return rows * sum(self.shape.hidden) * self._item
+
+    def _logits_bytes(self, rows: int, cols: int) -> int:
+        return self.shape.streams * rows * cols * self._item
+
+    def _tokens_bytes(self, rows: int, cols: int) -> int:
+        """A token block through the whole vocabulary, no gradient."""
+        return (
+            self._logits_bytes(rows, self.shape.vocab) + self._rows_bytes(rows) + self._shared(cols)
+        )
+
+    def _chunks_bytes(self, cols: int, gradient: bool) -> int:
+        """All rows through a vocabulary chunk."""
+        shape = self.shape
+        need = self._logits_bytes(shape.tokens, cols) + self._rows_bytes(shape.tokens)
+        need += self._shared(cols)
+        if gradient and shape.needs[0]:
+            half = shape.gemm == torch.bfloat16
+            need += shape.tokens * shape.hidden[0] * (self._acc + (self._item if half else 0))
+        if gradient and shape.needs[1] and shape.weight != shape.gemm:
+            need += cols * shape.hidden[0] * self._item
+        if gradient and shape.needs[2]:
+            need += shape.vocab * self._acc
+        return need
+
+    def _early_extra(self, rows: int, cols: int, accumulator: bool) -> int:
+        """What the gradient adds to a token block."""
+        shape, h = self.shape, self.shape.hidden[0]
+        need = 0
+        if shape.needs[0]:
+            need += rows * h * self._item
+            if shape.copied_weights or self.request.filter:
+                need += rows * h * self._acc
+            if shape.input == torch.float16:
+                need += shape.tokens * h * self._acc
+        if shape.needs[1]:
+            need += cols * h * self._item if accumulator or shape.weight != shape.gemm else 0
+            need += shape.vocab * h * self._acc if accumulator else 0
+        if shape.needs[2]:
+            need += shape.vocab * self._acc
+        return need
+
+    # --- the schedules ---------------------------------------------------------------------------
+
+    def _token_ladder(self) -> Iterator[int]:
+        if self.request.token_block is not None:
+            yield min(self.request.token_block, max(self.shape.tokens, 1))
+            return
+        whole = self.shape.tokens <= WHOLE_ROWS
+        yield from _ladder(max(self.shape.tokens, 1), 16, whole)
+
+    def _vocab_ladder(self) -> Iterator[int]:
+        if self.request.vocab_block is not None:
+            yield min(self.request.vocab_block, self.shape.vocab)
+            return
+        yield from _ladder(self.shape.vocab, 64, self.shape.tokens <= WHOLE_ROWS)
+
+    def _copy_cols(self) -> int:
+        """Vocabulary chunk of token-block passes: only for copied weights and accumulation."""
+        default = max(64, (8 << 20) // (max(self.shape.hidden) * self._item))
+        return min(self.request.vocab_block or default, self.shape.vocab)
+
+    def _forward_only(self, schedule: str) -> Iterator[Plan]:
+        if self.shape.sweeps == 1:
+            for cols in self._vocab_ladder():
+                yield self._plan(schedule, "vocabulary", 0, cols, 0, self._chunks_bytes(cols, False))
+        else:
+            cols = self._copy_cols()
+            for rows in self._token_ladder():
+                yield self._plan(
+                    schedule, "vocabulary", rows, cols, 0, self._tokens_bytes(rows, cols)
+                )
+
+    def _early_tokens(self) -> Iterator[Plan]:
+        shape, cols = self.shape, self._copy_cols()
+        for rows in self._token_ladder():
+            blocks = -(-shape.tokens // rows)
+            # Up to two blocks add up in a half-precision gradient as exactly as anything can: a
+            # CPU's half-precision product is rounded once anyway.
+            half = shape.weight == torch.float16 or (
+                shape.weight == torch.bfloat16 and (blocks > 2 or shape.gemm != torch.bfloat16)
+            )
+            accumulator = shape.needs[1] and half
+            need = self._tokens_bytes(rows, cols) + self._early_extra(rows, cols, accumulator)
+            yield self._plan("early", "tokens", rows, cols, 0, need, accumulator)
+
+    def _over_vocabulary(self, schedule: str, kept: int) -> Iterator[Plan]:
+        """Forward keeps statistics only; the gradient runs chunk by chunk over the vocabulary."""
+        for cols in self._vocab_ladder():
+            need = self._chunks_bytes(cols, True)
+            if self.shape.sweeps == 1:
+                yield self._plan(schedule, "vocabulary", 0, cols, kept, need)
+            else:
+                for rows in self._token_ladder():
+                    forward = self._tokens_bytes(rows, cols)
+                    yield self._plan(schedule, "vocabulary", rows, cols, kept, max(need, forward))
+
+    def _kept(self) -> Iterator[Plan]:
+        shape = self.shape
+        most = shape.tokens
+        if self.request.schedule is None and most > WHOLE_ROWS:
+            most = most * 7 // 8
+        row_bytes = max(self._logits_bytes(1, shape.vocab), 1)
+        for plan in self._over_vocabulary("kept", 0):
+            room = max(self.budget - plan.workspace_bytes, 0) // row_bytes
+            kept = min(most, room) if self.request.kept_rows is None else self.request.kept_rows
+            kept = min(kept, shape.tokens)
+            need = plan.workspace_bytes + kept * row_bytes
+            rows = plan.token_block or min(max(kept, 1), 1024)
+            yield self._plan("kept", "vocabulary", rows, plan.vocab_block, kept, need)
+
+    # --- time --------------------------------------------------------------------------------------
+
+    def _plan(
+        self,
+        schedule: str,
+        over: str,
+        rows: int,
+        cols: int,
+        kept: int,
+        need: int,
+        accumulator: bool = False,
+    ) -> Plan:
+        shape = self.shape
+        student = 2 * shape.tokens * shape.vocab * shape.hidden[0]
+        gradient = student * (shape.needs[0] + shape.needs[1])
+        flops = 2 * shape.unit + gradient
+        if any(shape.needs) and over == "vocabulary":
+            flops += 2 * shape.unit * (shape.tokens - kept) // max(shape.tokens, 1)
+        rate, bandwidth = _RATES[
+            "cpu" if shape.device == "cpu" else "cuda",
+            torch.float32 if shape.gemm == torch.float16 else shape.gemm,
+        ]
+        traffic, blocks = self._traffic(over, rows, cols, kept, accumulator)
+        seconds = flops / rate + traffic / bandwidth + blocks * _BLOCK_OVERHEAD
+        return Plan(
+            schedule=schedule,
+            backend=shape.backend,
+            token_block=rows,
+            vocab_block=cols,
+            kept_rows=kept,
+            gradient_over=over,
+            weight_accumulator=accumulator,
+            gemm=shape.gemm,
+            accumulate=accumulate_dtype(shape.input),
+            filter=self.request.filter,
+            workspace_bytes=need,
+            flops=flops,
+            seconds=seconds,
+            reason=self._reason(schedule, over, rows, cols, kept, accumulator),
+        )
+
+    def _traffic(
+        self, over: str, rows: int, cols: int, kept: int, accumulator: bool
+    ) -> tuple[float, int]:
+        """Bytes moved besides the products' own arithmetic, and the number of blocks."""
+        shape, item = self.shape, self._item
+        gradient = any(shape.needs)
+        weight = shape.vocab * sum(shape.hidden) * item
+        blocks = -(-shape.tokens // rows) if rows else 0
+        traffic = 0.0
+        if over == "tokens":
+            # Packing reads and writes W in both products with it; dW is read and written.
+            traffic += blocks * weight * (2 + 2 * shape.needs[0] + 2 * shape.needs[1])
+            if accumulator:
+                traffic += blocks * shape.vocab * shape.hidden[0] * (2 * self._acc + 2 * item)
+            return traffic + 4 * self._logits_bytes(shape.tokens, shape.vocab), blocks
+        chunks = -(-shape.vocab // cols)
+        hidden = shape.tokens * sum(shape.hidden) * item
+        passes = 1 + (2 + 2 * shape.needs[0] if gradient else 0)
+        traffic += chunks * hidden * passes + (2 if gradient else 1) * 2 * weight
+        traffic += (6 if gradient else 2) * self._logits_bytes(shape.tokens, shape.vocab)
+        if shape.sweeps == 2:
+            traffic += blocks * 2 * weight
+        elif kept:
+            traffic += -(-kept // max(rows, 1)) * 2 * weight
+        return traffic, blocks * (shape.sweeps == 2) + chunks * (1 + gradient)
+
+    def _reason(
+        self, schedule: str, over: str, rows: int, cols: int, kept: int, accumulator: bool
+    ) -> str:
+        shape = self.shape
+        if not any(shape.needs):
+            return "no gradient is wanted: statistics only"
+        if over == "tokens":
+            extra = ", with a float32 weight-gradient accumulator" if accumulator else ""
+            return f"the output is one number: gradients are made at once, {rows} rows at a time{extra}"
+        if schedule == "early":
+            return (
+                "the output is one number, but a weight-gradient accumulator does not pay or fit: "
+                f"statistics first, then gradients {cols} vocabulary entries at a time"
+            )
+        if kept:
+            return (
+                f"{kept} of {shape.tokens} rows keep their logits; the backward recomputes the "
+                f"rest, {cols} vocabulary entries at a time"
+            )
+        return f"nothing is kept: the backward recomputes logits {cols} vocabulary entries at a time"

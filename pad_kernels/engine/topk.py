@@ -1,0 +1,50 @@
+"""The op behind ``linear_topk``: the largest logits of each row, never all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine import schedule
+from pad_kernels.engine.problem import build_problem, op_plan
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
+from pad_kernels.functionals.statistics import Largest
+
+
+@torch.library.custom_op("pad_kernels::topk", mutates_args=())
+def topk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """Token ids [N, k] int64 and log-probabilities [N, k] of the k likeliest tokens."""
+    todo = Recipe.loads(recipe)
+    with torch.autocast(hidden.device.type, enabled=False):
+        plan = op_plan(todo, hidden, weight, teachers, reduced=False)
+        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
+        with Workspace(problem.device) as workspace:
+            stats = schedule.measure_rows(schedule.Pass.start(problem, plan, workspace), None)
+        values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
+        logprobs = (values - stats.maximum()) - stats.total().log()
+        return ids.t().to(torch.int64).contiguous(), logprobs.t().contiguous()
+
+
+@topk.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_inputs: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (hidden.shape[0], Recipe.loads(recipe).topk)
+    ids = hidden.new_empty(shape, dtype=torch.int64)
+    return ids, hidden.new_empty(shape, dtype=accumulate_dtype(hidden.dtype))

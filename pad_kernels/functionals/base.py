@@ -1,0 +1,131 @@
+"""The contract of a row functional, and the registry that recipes are read from.
+
+A functional maps one row of logits to a few values through streaming statistics, and knows its
+gradient with respect to the student's logits once those statistics are finished. It never sees how
+many rows there are, how they are reduced, or the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from pad_kernels.functionals.statistics import RowStats, Statistic
+
+
+@dataclass
+class LogitGradient:
+    """Gradient with respect to the student's (transformed) logits, as per-row coefficients.
+
+    With s_j the probabilities of stream j and a_j its logits, the gradient at vocabulary entry v is
+    ``constant + s_0 (student + sum_j moments[j] (a_j - max_j)) + sum_j probabilities[j] s_j``, plus
+    ``sparse`` entries, plus ``curved`` element-wise parts that are not of this form. Coefficients
+    are [rows]; a sparse item is (ids [rows, k], values [rows, k]).
+    """
+
+    constant: Tensor | None = None
+    student: Tensor | None = None
+    moments: dict[int, Tensor] = field(default_factory=dict)
+    probabilities: dict[int, Tensor] = field(default_factory=dict)
+    sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    curved: list[tuple[Functional, Tensor]] = field(default_factory=list)
+
+    def __add__(self, other: LogitGradient) -> LogitGradient:
+        return LogitGradient(
+            _add(self.constant, other.constant),
+            _add(self.student, other.student),
+            _add_all(self.moments, other.moments),
+            _add_all(self.probabilities, other.probabilities),
+            self.sparse + other.sparse,
+            self.curved + other.curved,
+        )
+
+    def rows(self, start: int, stop: int) -> LogitGradient:
+        """The same gradient for rows start to stop, as views."""
+        return LogitGradient(
+            None if self.constant is None else self.constant[start:stop],
+            None if self.student is None else self.student[start:stop],
+            {j: x[start:stop] for j, x in self.moments.items()},
+            {j: x[start:stop] for j, x in self.probabilities.items()},
+            [(ids[start:stop], values[start:stop]) for ids, values in self.sparse],
+            [(functional, g[:, start:stop]) for functional, g in self.curved],
+        )
+
+    def sorted_sparse(self) -> tuple[Tensor, Tensor] | None:
+        """All sparse entries as one (ids, values) pair, ids ascending in each row."""
+        if not self.sparse:
+            return None
+        ids = torch.cat([i for i, _ in self.sparse], 1)
+        values = torch.cat([v for _, v in self.sparse], 1)
+        if ids.shape[1] > 1:
+            ids, order = ids.sort(dim=1, stable=True)
+            values = values.gather(1, order)
+        return ids.contiguous(), values.contiguous()
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _add_all(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    joined = dict(a)
+    for j, x in b.items():
+        joined[j] = joined[j] + x if j in joined else x
+    return joined
+
+
+@dataclass(frozen=True)
+class Functional:
+    """One row functional; subclasses are frozen dataclasses of plain numbers and strings."""
+
+    #: How many streams it reads: 1 student, 2 with a teacher, 3 with two.
+    streams: ClassVar[int] = 1
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The statistics that value and gradient read."""
+        raise NotImplementedError
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many values there are per row."""
+        return 1
+
+    def value(self, stats: RowStats) -> Tensor:
+        """Values [outputs, rows] from finished statistics."""
+        raise NotImplementedError
+
+    def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
+        """Gradient with respect to the logits, given that of the values, [outputs, rows]."""
+        raise NotImplementedError
+
+    def curved(self, logprobs: list[Tensor], grad: Tensor, stats: RowStats) -> Tensor:
+        """The element-wise gradient [rows, cols] that LogitGradient's coefficients cannot express."""
+        raise NotImplementedError
+
+
+FunctionalType = TypeVar("FunctionalType", bound=type[Functional])
+REGISTRY: dict[str, type[Functional]] = {}
+
+
+def register(cls: FunctionalType) -> FunctionalType:
+    """Make a functional known by its class name."""
+    REGISTRY[cls.__name__] = cls
+    return cls
+
+
+def to_data(functional: Functional) -> list[Any]:
+    """A functional as plain data: its name and parameters."""
+    return [type(functional).__name__, dataclasses.asdict(functional)]
+
+
+def from_data(data: list[Any]) -> Functional:
+    """The functional that :func:`to_data` described."""
+    name, parameters = data
+    return REGISTRY[name](**parameters)
