@@ -64,8 +64,9 @@ PAD_HD ExpParts<double> exp_parts(double x) {
   return {bits_as<double>(exponent), q * r * r + r};
 }
 
-// Where the exponential leaves the normal numbers: below it is an exact 0, never a denormal (they
-// are slow, and no sum of probabilities sees them); above it is +inf.
+// Where the exponential leaves the normal numbers. Below it is an exact 0, never a denormal (they are
+// slow, and no sum of probabilities sees them). Above it saturates at 2.4e38 (9e307): x is a logit
+// minus its row's maximum, so it can only be positive by the rounding of a recomputed logit.
 template <class T>
 struct ExpRange;
 template <>
@@ -77,13 +78,11 @@ struct ExpRange<double> {
   static constexpr double lowest = -708.396418532264, highest = 709.0895657128, flat = 100.0;
 };
 
-// exp for every x: about 1 ulp, exact 0 from -inf to underflow, +inf from 88.4 (709.1) up, NaN stays.
+// exp: about 1 ulp, exact 0 from -inf to underflow; NaN stays NaN.
 template <class T>
 PAD_HD T exp_of(T x) {
-  const ExpParts<T> parts = exp_parts(x);
-  const T value = parts.scale * parts.tail + parts.scale;
-  const T low = x < ExpRange<T>::lowest ? T(0) : value;
-  return x > ExpRange<T>::highest ? T(INFINITY) : low;
+  const ExpParts<T> parts = exp_parts(x > ExpRange<T>::highest ? ExpRange<T>::highest : x);
+  return x < ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
 }
 
 // tanh with small *relative* error at every size of x, from expm1(-2|x|); also 1 - tanh^2, which
