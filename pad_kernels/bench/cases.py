@@ -1,0 +1,145 @@
+"""What is measured: operations × shapes × dtypes, and the tensors of one such case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation with several implementations.
+
+    Attributes:
+        name: what the command line calls it.
+        backward: whether a step includes the backward pass.
+        gemms: matrix-product work that no implementation can avoid, in units of N·H·V flops.
+        text: one line for tables and plots.
+    """
+
+    name: str
+    backward: bool
+    gemms: int
+    text: str
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("cross_entropy", True, 6, "mean cross-entropy, forward + backward"),
+        Op("logprob", True, 6, "per-token log-prob, forward + backward with per-token gradients"),
+        Op("score", False, 2, "per-token log-prob under no_grad (a teacher's reward)"),
+    )
+}
+
+# (N tokens, H hidden, V vocabulary): a Llama-2-sized vocabulary with a narrow model, SmolLM's head,
+# and Llama 3's head with few tokens, where reading the weight costs as much as the products.
+SHAPES = ((512, 512, 32000), (1024, 576, 49152), (256, 2048, 128256))
+QUICK_SHAPES = ((256, 256, 16384),)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape and dtype; ``ignored`` is the share of rows without a label."""
+
+    op: str
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: str
+    ignored: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """``op/NxHxV/dtype``, the string that ``--case`` filters by."""
+        return f"{self.op}/{self.shape}/{self.dtype}"
+
+    @property
+    def shape(self) -> str:
+        """``NxHxV``."""
+        return f"{self.tokens}x{self.hidden}x{self.vocab}"
+
+    @property
+    def work(self) -> int:
+        """N·H·V."""
+        return self.tokens * self.hidden * self.vocab
+
+
+@dataclass
+class Inputs:
+    """The tensors that every implementation of a case gets.
+
+    Attributes:
+        hidden: (N, H), requires grad where the operation has a backward pass.
+        weight: (V, H), likewise.
+        labels: (N,) int64, ``IGNORE`` where a row has none.
+        upstream: (N,) float32 gradient for per-token outputs, () one for a scalar loss.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    upstream: Tensor
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step."""
+        self.hidden.grad = None
+        self.weight.grad = None
+
+
+def make_cases(
+    ops: list[str] | None = None,
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES,
+    dtypes: list[str] | None = None,
+) -> list[Case]:
+    """The product of operations, shapes and dtypes, shapes outermost.
+
+    Args:
+        ops: names from ``OPS``; all by default.
+        shapes: (N, H, V) triples.
+        dtypes: names from ``DTYPES``; float32 and bfloat16 by default.
+
+    Returns:
+        The cases in the order in which they are measured.
+
+    Example:
+        >>> [c.name for c in make_cases(["score"], ((4, 2, 8),), ["float32"])]
+        ['score/4x2x8/float32']
+    """
+    return [
+        Case(op, *shape, dtype)
+        for shape in shapes
+        for dtype in dtypes or ("float32", "bfloat16")
+        for op in ops or OPS
+    ]
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Random tensors of a case, the same for the same case.
+
+    The logits get a standard deviation of about 2, so that the softmax is neither flat nor one-hot.
+    """
+    generator = torch.Generator().manual_seed(1234)
+    dtype = DTYPES[case.dtype]
+    backward = OPS[case.op].backward
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+    hidden = normal(case.tokens, case.hidden)
+    weight = normal(case.vocab, case.hidden).mul_(2.0 / case.hidden**0.5)
+    labels = torch.randint(0, case.vocab, (case.tokens,), generator=generator)
+    labels[: round(case.ignored * case.tokens)] = IGNORE
+    labels = labels[torch.randperm(case.tokens, generator=generator)].to(device)
+    if case.op == "cross_entropy":
+        upstream = torch.ones((), device=device)
+    else:
+        upstream = torch.randn(case.tokens, generator=generator).to(device) / case.tokens
+    return Inputs(
+        hidden.requires_grad_(backward), weight.requires_grad_(backward), labels, upstream
+    )

@@ -1,0 +1,211 @@
+"""What users have today. Every peer is listed; one that cannot run here says why.
+
+The chunked variants that trainers carry inside themselves are re-made here in their spirit, so that
+the benchmark needs none of those trainers; the table calls them "-style".
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pad_kernels.bench.cases import IGNORE, Case, Inputs
+from pad_kernels.bench.implementations import Function, Implementation, Unavailable
+
+TORCHTUNE_CHUNKS = 8
+TRL_VOCAB_CHUNK = 32768
+
+
+def _dense_loss(x: Inputs) -> Tensor:
+    logits = F.linear(x.hidden, x.weight)
+    return F.cross_entropy(logits.float(), x.labels, ignore_index=IGNORE)
+
+
+def _dense_logprob(x: Inputs) -> Tensor:
+    logits = F.linear(x.hidden, x.weight)
+    return -F.cross_entropy(logits.float(), x.labels, ignore_index=IGNORE, reduction="none")
+
+
+def dense(case: Case) -> Function:
+    """The careful dense computation: GEMM in the input dtype, softmax and loss in float32."""
+    return _dense_loss if case.op == "cross_entropy" else _dense_logprob
+
+
+def _need_compiler() -> None:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        raise Unavailable("torch.compile needs a C++ compiler")
+
+
+def _compiled_dense(case: Case) -> Function:
+    _need_compiler()
+    body = torch.compile(dense(case), dynamic=False)
+    return lambda x: body(x)
+
+
+def _torch_linear_cross_entropy(case: Case) -> Function:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable("this torch has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    function: Any = F.linear_cross_entropy
+    if case.op == "cross_entropy":
+        return lambda x: function(x.hidden, x.weight, x.labels, options=options)
+    return lambda x: -function(x.hidden, x.weight, x.labels, reduction="none", options=options)
+
+
+def _cut_cross_entropy(case: Case) -> Function:
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
+    _need_compiler()
+    reduction = "mean" if case.op == "cross_entropy" else "none"
+    sign = 1.0 if case.op == "cross_entropy" else -1.0
+
+    def function(x: Inputs) -> Tensor:
+        loss = linear_cross_entropy(
+            x.hidden, x.weight, x.labels, impl="torch_compile", reduction=reduction
+        )
+        return sign * loss
+
+    return function
+
+
+def _liger_fused(case: Case) -> Function:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
+    if not torch.cuda.is_available():
+        raise Unavailable("a Triton kernel: needs a GPU")
+    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE)
+    return lambda x: module(x.weight, x.hidden, x.labels)
+
+
+def _liger_chunked(case: Case) -> Function:
+    """Liger's chunked preference machinery, given the plain negative log-likelihood as its loss."""
+    try:
+        from liger_kernel.chunked_loss.fused_linear_preference import (
+            LigerFusedLinearPreferenceBase as Base,
+        )
+    except ImportError as error:
+        raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
+    _need_compiler()
+
+    class Likelihood(Base):  # type: ignore[misc]
+        @staticmethod
+        def preference_loss_fn(chosen, rejected, full_target, beta=0.0):  # type: ignore[no-untyped-def]
+            return -(chosen.sum() + rejected.sum()) / (full_target != IGNORE).sum()
+
+        @classmethod
+        def forward(cls, ctx, hidden, weight, labels):  # type: ignore[no-untyped-def]
+            settings = {"compute_nll_loss": False, "average_log_prob": False, "compiled": True}
+            return super().forward(cls, ctx, hidden, weight, labels, **settings)
+
+        @staticmethod
+        def backward(ctx, *grad_output):  # type: ignore[no-untyped-def]
+            return Base.backward(ctx, grad_output)[:3]
+
+    rows = 8  # eight sequences, two at a time: four chunks
+
+    def function(x: Inputs) -> Tensor:
+        hidden = x.hidden.view(rows, -1, x.hidden.shape[-1])
+        return Likelihood.apply(hidden, x.weight, x.labels.view(rows, -1))[0]
+
+    return function
+
+
+def _torchtune_style(case: Case) -> Function:
+    """A fixed number of token chunks, cross-entropy of each, all of them inside autograd."""
+
+    def function(x: Inputs) -> Tensor:
+        total = torch.zeros((), device=x.hidden.device)
+        for hidden, labels in zip(
+            x.hidden.chunk(TORCHTUNE_CHUNKS), x.labels.chunk(TORCHTUNE_CHUNKS), strict=True
+        ):
+            logits = F.linear(hidden, x.weight).float()
+            total = total + F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / (x.labels != IGNORE).sum()
+
+    return function
+
+
+class _VocabularyChunks(torch.autograd.Function):
+    """Online logsumexp over wide vocabulary chunks, recomputed backward, float32 accumulators."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        lse = torch.full(labels.shape, -torch.inf, device=hidden.device)
+        picked = torch.zeros(labels.shape, device=hidden.device)
+        for start in range(0, weight.shape[0], TRL_VOCAB_CHUNK):
+            logits = (hidden @ weight[start : start + TRL_VOCAB_CHUNK].T).float()
+            lse = torch.logaddexp(lse, logits.logsumexp(-1))
+            local = labels - start
+            inside = (local >= 0) & (local < logits.shape[1])
+            value = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            picked = torch.where(inside, value, picked)
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        return torch.where(labels == IGNORE, 0.0, picked - lse)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, labels, lse = ctx.saved_tensors
+        scale = torch.where(labels == IGNORE, 0.0, upstream[0])[:, None]
+        grad_hidden = torch.zeros(hidden.shape, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape, device=weight.device)
+        for start in range(0, weight.shape[0], TRL_VOCAB_CHUNK):
+            chunk = weight[start : start + TRL_VOCAB_CHUNK]
+            grad = (hidden @ chunk.T).float().sub_(lse[:, None]).exp_().neg_()
+            local = labels - start
+            rows = ((local >= 0) & (local < chunk.shape[0])).nonzero()[:, 0]
+            grad[rows, local[rows]] += 1.0
+            grad = grad.mul_(scale).to(hidden.dtype)
+            grad_hidden += grad @ chunk
+            grad_weight[start : start + TRL_VOCAB_CHUNK] += grad.T @ hidden
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None
+
+
+def _trl_style(case: Case) -> Function:
+    return lambda x: _VocabularyChunks.apply(x.hidden, x.weight, x.labels)
+
+
+def peers() -> list[Implementation]:
+    """Every peer, in the order of the table."""
+    every = ("cross_entropy", "logprob", "score")
+    training = ("cross_entropy", "logprob")
+    found = [Implementation("dense eager", op, dense) for op in every]
+    found += [
+        Implementation("dense torch.compile", op, _compiled_dense, compiled=True) for op in every
+    ]
+    found += [
+        Implementation(
+            "F.linear_cross_entropy",
+            op,
+            _torch_linear_cross_entropy,
+            largest=1e10,
+            note="default options",
+        )
+        for op in training
+    ]
+    found += [
+        Implementation(
+            "Cut Cross-Entropy", op, _cut_cross_entropy, compiled=True, note="torch_compile"
+        )
+        for op in training
+    ]
+    found.append(Implementation("Liger fused", "cross_entropy", _liger_fused))
+    found.append(
+        Implementation(
+            "Liger chunked",
+            "cross_entropy",
+            _liger_chunked,
+            compiled=True,
+            note="its preference-loss chunking with a likelihood loss",
+        )
+    )
+    found.append(Implementation("torchtune-style chunks", "cross_entropy", _torchtune_style))
+    found += [Implementation("TRL-style chunks", op, _trl_style, gemms=8) for op in ("logprob",)]
+    return found
