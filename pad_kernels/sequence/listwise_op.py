@@ -159,7 +159,8 @@ def listwise_preference(
         grad = torch.zeros_like(grad).scatter_(1, order, grad)
     # A group's loss is the mean over its subsets that have something to rank.
     per_group = (counts >= 2).view(groups, -1).sum(1).clamp(min=1)
-    loss = loss.view(groups, -1).sum(1) / per_group
+    # No kind is ever negative; rounding can make one so by 1e-16.
+    loss = loss.clamp(min=0.0).view(groups, -1).sum(1) / per_group
     error = error.square().view(groups, -1).sum(1).sqrt() / per_group
     grad = grad.view(groups, -1)[:, :n] * (beta / per_group[:, None])
     dtype = accumulate_dtype(student.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ _BLOCK_SETS = 1 << 10
 
 def solve(kind: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Loss [groups] and gradient [groups, n] of one kind."""
-    solvers = {
+    solvers: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
         "kl": kl,
         "reverse_kl": reverse_kl,
         "jsd": functools.partial(jsd, released=False),
@@ -143,7 +144,7 @@ def _to_go(x: Tensor, y: Tensor, lse_x: Tensor, lse_y: Tensor) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(P_student‖P_teacher) by the value-to-go recursion, gradient by the flow back through it."""
+    """KL(P_student‖P_teacher) by the value-to-go recursion; the gradient by the flow back."""
     s, t = student.T.contiguous(), teacher.T.contiguous()
     lse_s, lse_t = _subset_lse(s), _subset_lse(t)
     value = _to_go(s, t, lse_s, lse_t)
@@ -174,7 +175,10 @@ def _half_orders(n: int, first: bool, device: torch.device) -> tuple[Tensor, Ten
             chosen.append(order)
             left.append([start ^ g for g in gone])
     shape = (math.comb(n, n // 2), -1, len(chosen[0]))
-    return tuple(torch.tensor(x, device=device).view(shape) for x in (chosen, left))
+    return (
+        torch.tensor(chosen, device=device).view(shape),
+        torch.tensor(left, device=device).view(shape),
+    )
 
 
 def _half_logprob(x: Tensor, lse: Tensor, half: tuple[Tensor, Tensor]) -> Tensor:
@@ -211,9 +215,10 @@ def _add_visits(visits: Tensor, half: tuple[Tensor, Tensor], weight: Tensor) -> 
 def jsd(student: Tensor, teacher: Tensor, *, released: bool) -> tuple[Tensor, Tensor]:
     """Jensen–Shannon divergence over the n! rankings, without an array of n! elements.
 
-    A ranking is an order of its first half and one of its second; what either half's log-probability
-    is depends only on which responses are in it. So for each way to split the responses the two
-    halves' orders meet in a small table (24 × 24 at n = 8), a bounded batch of splits at a time.
+    A ranking is an order of its first half and one of its second, and a half's log-probability
+    depends on the other only through which responses are in it. So for each way to split the
+    responses the two halves' orders meet in a small table (24 × 24 at n = 8), a bounded batch of
+    splits at a time.
     A ranking's weight w adds w·(1 − Σ softmax_R(s)) to the gradient, R the sets that it meets.
     """
     s, t = student.T.contiguous(), teacher.T.contiguous()

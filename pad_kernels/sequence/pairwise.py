@@ -292,7 +292,8 @@ def pairwise_preference_loss(
         chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
     up, down = tensors[:2]
-    policy_gap, reference_gap = up - down, 0.0
+    policy_gap = up - down
+    reference_gap: Tensor | float = 0.0
     if len(tensors) == 4:
         reference_gap = tensors[2] - tensors[3]
         up, down = up - tensors[2], down - tensors[3]

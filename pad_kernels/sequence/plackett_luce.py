@@ -13,7 +13,6 @@ from pad_kernels._checks import (
     check_integer,
     check_number,
     check_tensor,
-    fail_type,
     fail_value,
 )
 from pad_kernels.sequence.listwise_op import listwise_preference
@@ -230,7 +229,7 @@ def listwise_preference_loss(
             :func:`listwise_preference_estimate` tells the standard error.
         seed: of the draws, which it makes repeatable on one kind of device; None takes one from
             torch's default generator. Without ``samples`` it has no effect.
-        reduction: "mean" over the groups that count (0 if none does), "sum", or "none" for [groups].
+        reduction: "mean" over the groups that count (0 if none does), "sum", or "none": [groups].
 
     Returns:
         The loss in nats, float32 (float64 for float64 student rewards). Differentiable once, with

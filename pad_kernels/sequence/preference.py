@@ -46,7 +46,7 @@ def _check_layout(
     ):
         fail_value(
             "hidden",
-            f"[{groups}, {n}, T, H] or [{groups * n}, T, H], for the {groups} × {n} teacher rewards",
+            f"[{groups}, {n}, T, H] or [{groups * n}, T, H] for {groups} × {n} teacher rewards",
             f"shape {tuple(hidden.shape)}",
         )
     check_tensor("labels", labels, dtypes=_LABELS, shape=hidden.shape[:-1], device=hidden.device)

@@ -93,14 +93,14 @@ def sequence_reward(
     check_integer("ignore_index", ignore_index)
     if logprob.dim() == 0:
         fail_value("logprob", "at least 1 dimension", "shape ()")
-    like = {"shape": logprob.shape, "device": logprob.device}
+    shape, device = logprob.shape, logprob.device
     counted = torch.ones_like(logprob, dtype=torch.bool)
     if mask is not None:
-        counted = counted & check_tensor("mask", mask, dtypes=(torch.bool,), **like)
+        check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape, device=device)
+        counted = counted & mask
     if labels is not None:
-        counted = counted & (
-            check_tensor("labels", labels, dtypes=INTEGERS, **like) != ignore_index
-        )
+        check_tensor("labels", labels, dtypes=INTEGERS, shape=shape, device=device)
+        counted = counted & (labels != ignore_index)
     accumulate = accumulate_dtype(logprob.dtype)
     kept = torch.where(counted, logprob.to(accumulate), 0.0)
     if cu_seqlens is None:

@@ -21,9 +21,7 @@ KINDS = ("kto", "apo_zero_unpaired")
 
 
 class KTOOutput(NamedTuple):
-    """The loss, the implicit rewards β(log π − log π_ref) and the reference point; no gradient
-    but the loss's.
-    """
+    """The loss and, without gradient, the rewards β(log π − log π_ref) and the reference point."""
 
     loss: Tensor
     rewards: Tensor
