@@ -172,7 +172,7 @@ def build_problem(
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
-        Stream(h, w[: recipe.vocab], None if b is None else b[: recipe.vocab].to(accumulate), head)
+        Stream(h, w[: recipe.vocab], _row_vector(b, recipe.vocab, accumulate), head)
         for h, w, b, head in zip(
             [hidden, *more_hidden],
             [weight, *more_weights],
@@ -184,6 +184,11 @@ def build_problem(
     rows = hidden.shape[0] if live is None else live.shape[0]
     bias_dtype = None if bias is None else bias.dtype
     return Problem(recipe, streams, hidden.shape[0], live, rows, inputs, weight, bias_dtype)
+
+
+def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
+    """The bias of the real entries as row passes read it: contiguous, in their dtype."""
+    return None if bias is None else bias[:vocab].to(dtype).contiguous()
 
 
 def _live_rows(
