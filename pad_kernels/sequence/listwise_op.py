@@ -158,11 +158,12 @@ def listwise_preference(
     if order is not None:
         grad = torch.zeros_like(grad).scatter_(1, order, grad)
     # A group's loss is the mean over its subsets that have something to rank.
-    per_group = (counts >= 2).view(groups, -1).sum(1).clamp(min=1)
+    parts = (groups, -(-n // subset_size))
+    per_group = (counts >= 2).view(parts).sum(1).clamp(min=1).to(loss.dtype)
     # No kind is ever negative; rounding can make one so by 1e-16.
-    loss = loss.clamp(min=0.0).view(groups, -1).sum(1) / per_group
-    error = error.square().view(groups, -1).sum(1).sqrt() / per_group
-    grad = grad.view(groups, -1)[:, :n] * (beta / per_group[:, None])
+    loss = loss.clamp(min=0.0).view(parts).sum(1) / per_group
+    error = error.square().view(parts).sum(1).sqrt() / per_group
+    grad = grad.view(groups, parts[1] * subset_size)[:, :n] * (beta / per_group[:, None])
     dtype = accumulate_dtype(student.dtype)
     kept = grad.to(dtype) if with_gradient else grad.new_empty((0, n), dtype=dtype)
     return loss.to(dtype), error.to(dtype), kept.contiguous()

@@ -101,8 +101,9 @@ def _counted_groups(valid: Tensor | None, groups: int, size: int) -> Tensor | in
     """How many groups have something to rank, that is, two valid responses in one subset."""
     if valid is None:
         return groups
-    padded = torch.nn.functional.pad(valid, (0, -valid.shape[1] % size))
-    return (padded.view(groups, -1, size).sum(-1) >= 2).any(-1).sum()
+    parts = -(-valid.shape[1] // size)
+    padded = torch.nn.functional.pad(valid, (0, parts * size - valid.shape[1]))
+    return (padded.view(groups, parts, size).sum(-1) >= 2).any(-1).sum()
 
 
 def listwise_preference_estimate(
