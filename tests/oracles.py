@@ -1,0 +1,250 @@
+"""What the engine is compared with: dense computations written out anew, and the accuracy rule.
+
+``oracle`` is the whole thing in float64. ``dense`` is the careful computation that a PyTorch user
+would write in the inputs' own dtype: the matrix product in that dtype, bias, soft cap, softmax and
+loss in float32 (float64 for float64), gradients by autograd. Nothing of the engine is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: DESIGN's factors: a value may be twice, a gradient three times as wrong as the dense computation.
+VALUES, GRADIENTS = 2, 3
+
+
+@dataclass
+class Dense:
+    """A dense LM head: leaves in ``product`` dtype, everything after the product in ``working``.
+
+    ``backwards`` sums over features and vocabulary in the opposite order.
+    """
+
+    product: torch.dtype
+    working: torch.dtype
+    backwards: bool = False
+
+    def logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> Tensor:
+        """Logits [N, V] in the working dtype."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if self.backwards:
+            raw = (rows.flip(-1) @ weight.flip(0, 1).T).flip(-1)
+        else:
+            raw = rows @ weight.T
+        z = raw.to(self.working)
+        if bias is not None:
+            z = z + bias.to(self.working)
+        z = z * logit_scale
+        if softcap is not None:
+            z = torch.tanh(z / softcap) * softcap
+        return (z / temperature)[:, :vocab_size]
+
+    def leaf(self, x: Tensor | None, grad: bool = True) -> Tensor | None:
+        """A tensor of this computation, detached from the one given."""
+        if x is None:
+            return None
+        return x.detach().to(self.product).clone().requires_grad_(grad)
+
+
+ORACLE = Dense(torch.float64, torch.float64)
+
+
+def dense(dtype: torch.dtype) -> Dense:
+    """The careful computation in ``dtype``.
+
+    In float64 it would be the oracle itself and its error 0. Summed the other way round, it shows
+    what a float64 computation is off by.
+    """
+    if dtype == torch.float64:
+        return Dense(dtype, dtype, backwards=True)
+    return Dense(dtype, torch.float32)
+
+
+# --- formulas over logits [N, V], per token ---
+
+
+def expectation(logprob: Tensor, factor: Tensor) -> Tensor:
+    """sum exp(logprob) * factor over the vocabulary, an outcome without probability counting 0."""
+    empty = logprob == -torch.inf
+    return (
+        (logprob.masked_fill(empty, 0.0).exp() * factor.masked_fill(empty, 0.0))
+        .masked_fill(empty, 0.0)
+        .sum(-1)
+    )
+
+
+def logprob_of(z: Tensor, ids: Tensor) -> Tensor:
+    """Log-probs [N, k] at ids [N, k]."""
+    return F.log_softmax(z, -1).gather(1, ids)
+
+
+def entropy(z: Tensor) -> Tensor:
+    logprob = F.log_softmax(z, -1)
+    return -expectation(logprob, logprob)
+
+
+def cross_entropy(
+    z: Tensor, labels: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    """Per-token loss [N]; labels are all in range."""
+    logprob = F.log_softmax(z, -1)
+    nll = -logprob.gather(1, labels[:, None])[:, 0]
+    loss = (1 - label_smoothing) * nll
+    if label_smoothing:
+        loss = loss - label_smoothing * logprob.mean(-1)
+    return loss + z_loss * torch.logsumexp(z, -1) ** 2 if z_loss else loss
+
+
+def jensen_shannon(zs: Tensor, zt: Tensor, alpha: float) -> Tensor:
+    """alpha KL(t||m) + (1 - alpha) KL(s||m) with m = alpha t + (1 - alpha) s."""
+    s, t = F.log_softmax(zs, -1), F.log_softmax(zt, -1)
+    both = torch.stack((t + torch.tensor(alpha).log(), s + torch.tensor(1 - alpha).log()))
+    m = torch.logsumexp(both.masked_fill(both == -torch.inf, -1e30), 0)
+    return alpha * expectation(t, t - m) + (1 - alpha) * expectation(s, s - m)
+
+
+def topk_forward_kl(z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """KL over k + 1 outcomes; the student's tail by logsumexp over everything not kept."""
+    student = F.log_softmax(z, -1)
+    tail = torch.logsumexp(student.scatter(1, ids, -torch.inf), -1, keepdim=True)
+    rest = (1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=0)
+    teacher = torch.cat((logprobs.to(z.dtype), rest.log().to(z.dtype)), 1)
+    return expectation(teacher, teacher - torch.cat((student.gather(1, ids), tail), 1))
+
+
+#: name in the registry -> values [outputs, N] from (parameters, logits of every stream, inputs)
+FORMULAS: dict[str, Callable[[Any, list[Tensor], Mapping[str, Tensor]], Tensor]] = {
+    "LogProb": lambda f, z, x: logprob_of(z[0], x[f.ids]).T,
+    "Entropy": lambda f, z, x: entropy(z[0])[None],
+    "LogSumExp": lambda f, z, x: torch.logsumexp(z[0], -1)[None],
+    "SquaredLogSumExp": lambda f, z, x: torch.logsumexp(z[0], -1)[None] ** 2,
+    "LogitSum": lambda f, z, x: z[0].sum(-1)[None],
+    "JensenShannon": lambda f, z, x: jensen_shannon(z[0], z[1], f.alpha)[None],
+    "TopKForwardKL": lambda f, z, x: topk_forward_kl(z[0], x["teacher_ids"], x["teacher_logprobs"])[
+        None
+    ],
+}
+
+
+# --- one head, every op ---
+
+
+@dataclass
+class OneHead:
+    """Inputs of a one-head op: tensors, labels, head options, and upstream gradients."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    ignore_index: int = -100
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def vocab(self) -> int:
+        return self.options.get("vocab_size", self.weight.shape[0])
+
+    def leaves(self) -> list[Tensor]:
+        """Fresh leaves (hidden, weight, bias) with the very strides of the inputs."""
+        tensors = [self.hidden, self.weight, self.bias]
+        return [x.detach().requires_grad_() for x in tensors if x is not None]
+
+    def ours(self, op: Callable[..., Any], *args: Any, **more: Any) -> tuple[list[Tensor], Any]:
+        """Call a public op on fresh leaves; returns them and its output."""
+        leaves = self.leaves()
+        bias = {"bias": leaves[2]} if len(leaves) > 2 else {}
+        return leaves, op(*leaves[:2], *args, **bias, **self.options, **more)
+
+    def compute(
+        self, how: Dense, values: Callable[[Tensor, Tensor], Tensor], upstream: Tensor
+    ) -> list[Tensor]:
+        """[values, gradients...] of a dense computation.
+
+        ``values(logits, labels)`` maps the rows that count to [outputs, rows]; ignored rows hold 0.
+        ``upstream`` [outputs, N] is the gradient of the values.
+        """
+        leaves = [how.leaf(x) for x in (self.hidden, self.weight, self.bias)]
+        z = how.logits(*leaves, **self.options)
+        flat = self.labels.reshape(-1)
+        kept = flat != self.ignore_index
+        found = torch.zeros(upstream.shape, dtype=how.working)
+        if kept.any():
+            live = values(z[kept], flat[kept])
+            found = found.index_put((torch.arange(len(found))[:, None], kept.nonzero().T), live)
+        wanted = [x for x in leaves if x is not None]
+        # The zero keeps every leaf in the graph where no row counts.
+        total = (torch.where(kept, found * upstream.to(how.working), 0.0)).sum() + 0.0 * sum(
+            x.nan_to_num(0.0, 0.0, 0.0).sum() for x in wanted
+        )
+        return [found.detach(), *torch.autograd.grad(total, wanted)]
+
+
+# --- the accuracy rule ---
+
+
+def _error(found: Tensor, reference: Tensor, finite: Tensor) -> float:
+    difference = (found.double() - reference).where(finite, 0.0)
+    return float(difference.nan_to_num(0.0, 0.0, 0.0).norm())
+
+
+def assert_accurate(
+    ours: Tensor,
+    oracle: Tensor,
+    careful: Tensor,
+    *,
+    k: int,
+    dtype: torch.dtype,
+    what: str = "value",
+) -> None:
+    """error(ours) <= k * max(error(careful), eps(dtype) * |oracle|), errors against the oracle.
+
+    By norm, over the entries where the oracle is finite; where it is not, ours must be the same
+    infinity. ``dtype`` is the inputs'.
+    """
+    oracle, ours, careful = oracle.detach().double(), ours.detach().double(), careful.detach()
+    assert ours.shape == oracle.shape, f"{what}: shape {ours.shape}, expected {oracle.shape}"
+    finite = oracle.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{what}: finite in other places than the oracle"
+    assert torch.equal(ours[~finite], oracle[~finite]), f"{what}: other infinities than the oracle"
+    error = _error(ours, oracle, finite)
+    floor = torch.finfo(dtype).eps * float(oracle.where(finite, 0.0).norm())
+    bound = k * max(_error(careful, oracle, finite), floor)
+    assert error <= bound, (
+        f"{what}: error {error:.3g} over the bound {bound:.3g} = {k} max(dense "
+        f"{_error(careful, oracle, finite):.3g}, eps |ref| {floor:.3g})"
+    )
+
+
+def assert_all_accurate(
+    ours: Sequence[Tensor],
+    oracle: Sequence[Tensor],
+    careful: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """The rule for [values, gradients...]; gradients also come in their parameter's dtype."""
+    assert len(ours) == len(oracle) == len(careful)
+    names = ["value", "d_hidden", "d_weight", "d_bias"]
+    for i, (a, b, c) in enumerate(zip(ours, oracle, careful, strict=True)):
+        if i:
+            assert a.dtype == dtype, f"{names[i]}: dtype {a.dtype}, expected {dtype}"
+        k = GRADIENTS if i else VALUES
+        assert_accurate(a, b.reshape(a.shape), c.reshape(a.shape), k=k, dtype=dtype, what=names[i])
