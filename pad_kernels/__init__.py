@@ -1,6 +1,6 @@
 """Preference-distillation losses over vocabulary chunks: full logits are never held.
 
-See DESIGN and docs/ for the map; the names below are the public API.
+The names in ``__all__`` are the public API; docs/design.md is the map.
 """
 
 from pad_kernels._version import __version__
@@ -17,20 +17,48 @@ from pad_kernels.backends.base import available_backends
 from pad_kernels.engine.explain import explain
 from pad_kernels.engine.plan import Plan, PlanRequest, workspace_limit
 from pad_kernels.heads import Head
+from pad_kernels.sequence import (
+    KTOOutput,
+    ListwiseEstimate,
+    ORPOOutput,
+    PairwiseOutput,
+    calibrated_rewards,
+    cpo_loss,
+    kto_loss,
+    linear_preference_loss,
+    listwise_preference_estimate,
+    listwise_preference_loss,
+    orpo_loss,
+    pairwise_preference_loss,
+    sequence_reward,
+)
 
 __all__ = [
     "Head",
+    "KTOOutput",
+    "ListwiseEstimate",
+    "ORPOOutput",
+    "PairwiseOutput",
     "Plan",
     "PlanRequest",
     "TokenStats",
     "TopK",
     "__version__",
     "available_backends",
+    "calibrated_rewards",
+    "cpo_loss",
     "explain",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_logprob",
+    "linear_preference_loss",
     "linear_token_stats",
     "linear_topk",
+    "listwise_preference_estimate",
+    "listwise_preference_loss",
     "option_logprobs",
+    "orpo_loss",
+    "pairwise_preference_loss",
+    "sequence_reward",
     "workspace_limit",
 ]
