@@ -76,7 +76,9 @@ def _check_labels(
         if not shift:
             fail_value("cu_seqlens", "shift=True to go with it", "shift=False")
         if labels.dim() != 1:
-            fail_value("cu_seqlens", "packed labels [N] to go with it", f"{labels.dim()} dimensions")
+            fail_value(
+                "cu_seqlens", "packed labels [N] to go with it", f"{labels.dim()} dimensions"
+            )
     if shift:
         if labels.dim() == 0:
             fail_value("labels", "a sequence dimension to shift along", "a 0-d tensor")
@@ -132,7 +134,7 @@ def linear_logprob(
         shift: do the causal shift here: row i predicts label i + 1, the last position is ignored.
         cu_seqlens: with ``shift`` and packed [N] input, sequence boundaries [n + 1], int32 or int64,
             so that no sequence predicts the first token of the next.
-        plan: None, "late", "kept", a backend's name, "schedule:backend", a PlanRequest or a Plan.
+        plan: None, "late", "kept", a backend, "schedule:backend", a PlanRequest or a Plan.
 
     Returns:
         Tensor like ``labels``, float32 (float64 for float64 input), 0 where ignored;
@@ -186,7 +188,8 @@ def linear_token_stats(
 
     Example:
         >>> import torch, pad_kernels as pk
-        >>> stats = pk.linear_token_stats(torch.zeros(2, 8), torch.zeros(10, 8), torch.tensor([1, 2]))
+        >>> labels = torch.tensor([1, 2])
+        >>> stats = pk.linear_token_stats(torch.zeros(2, 8), torch.zeros(10, 8), labels)
         >>> stats.entropy
         tensor([2.3026, 2.3026])
     """

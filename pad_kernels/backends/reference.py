@@ -93,9 +93,12 @@ def _values(
     """Values [outputs, N] in float64 and the student's logits."""
     rest = list(teachers)
     heads = [student]
-    for biased in recipe.biased[1:]:
-        heads.append((rest.pop(0), rest.pop(0), rest.pop(0) if biased else None))
-    logits = _dense_logits(recipe, [h[0] for h in heads], [h[1] for h in heads], [h[2] for h in heads])
+    heads += [
+        (rest.pop(0), rest.pop(0), rest.pop(0) if biased else None) for biased in recipe.biased[1:]
+    ]
+    logits = _dense_logits(
+        recipe, [h[0] for h in heads], [h[1] for h in heads], [h[2] for h in heads]
+    )
     inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
     ignored = None
     if recipe.ignore_index is not None and "labels" in inputs:

@@ -62,9 +62,7 @@ class TorchBackend:
         for top, bottom, left, right in _tiles(*logits[0].shape):
             rows = stats.rows(top, bottom)
             tiles = [z[top:bottom, left:right] for z in logits]
-            block = Block(
-                self._logits(problem, tiles, offset + left), offset + left, rows.inputs
-            )
+            block = Block(self._logits(problem, tiles, offset + left), offset + left, rows.inputs)
             fresh = measure(wanted, block, rows)
             running = RowStats({s: rows[s] for s in wanted}, rows.inputs)
             for statistic, value in merge(running, fresh).items():

@@ -122,7 +122,7 @@ class Call:
         return values, greedy
 
     def total(self, functionals: Sequence[Functional], coefficients: Tensor) -> Tensor:
-        """sum(coefficients * values) as one differentiable number; coefficients are [outputs, N]."""
+        """sum(coefficients * values), one differentiable number; coefficients [outputs, N]."""
         if coefficients.requires_grad and torch.is_grad_enabled():
             values, _ = self.tokens(functionals)
             return torch.where(coefficients == 0, 0.0, values * coefficients).sum()

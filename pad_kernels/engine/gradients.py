@@ -177,14 +177,14 @@ class GradientBuffers:
         return self._hidden_sum
 
     def _set_product(self, target: Tensor, left: Tensor, right: Tensor, step: int) -> None:
-        """target = left @ right, through scratch where the product has another dtype."""
+        """Target = left @ right, through scratch where the product has another dtype."""
         if target.dtype == left.dtype:
             torch.mm(left, right, out=target)
         else:
             part = self._buffer("weight", step, right, left.dtype)[: target.shape[0]]
             target.copy_(torch.mm(left, right, out=part))
 
-    # --- the end -----------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """Gradients in their parameters' dtypes, and the three factors that they still lack."""
@@ -226,7 +226,7 @@ def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, part: Tensor | None) -> None:
-    """total += left @ right, through ``part`` where the product has another dtype."""
+    """Total += left @ right, through ``part`` where the product has another dtype."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
     else:

@@ -47,9 +47,7 @@ def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
     return sum(s.width(named) for s in recipe.statistics)
 
 
-def _forward(
-    problem: Problem, plan: Plan, kept: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens [N] (or nothing) and packed statistics [numbers, N]."""
     with Workspace(problem.device) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
@@ -82,7 +80,7 @@ def _backward(
     return hidden, weight, bias
 
 
-# --- per-token values ------------------------------------------------------------------------------
+# --- per-token values -----------------------------------------------------------------------------
 
 
 @torch.library.custom_op("pad_kernels::token_outputs", mutates_args=())
@@ -151,6 +149,7 @@ def token_outputs_backward(
         if coefficients is not None:
             used, grad = (coefficients != 0).any(0), coefficients * grad
         if todo.request.backend == "reference":
+            found: Sequence[Tensor | None]
             found = reference.backward(todo, grad, hidden, weight, bias, row_inputs, teachers)
         else:
             reduced = coefficients is not None
@@ -217,7 +216,7 @@ def _for_inputs(ctx: Any, found: Sequence[Tensor | None], others: int) -> tuple[
 token_outputs.register_autograd(_token_outputs_autograd, setup_context=_save_token_outputs)
 
 
-# --- one number ------------------------------------------------------------------------------------
+# --- one number -----------------------------------------------------------------------------------
 
 #: Loss, its summands, three gradients, their factors, statistics, kept logits. An early plan fills
 #: the gradients, the others what the backward needs.
@@ -313,9 +312,7 @@ def _(
     return _sum_outputs(parts, stats=stats, kept=kept)
 
 
-@torch.library.custom_op(
-    "pad_kernels::scale_gradients_", mutates_args={"hidden", "weight", "bias"}
-)
+@torch.library.custom_op("pad_kernels::scale_gradients_", mutates_args={"hidden", "weight", "bias"})
 def scale_gradients_(
     hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor
 ) -> None:

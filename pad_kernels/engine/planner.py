@@ -187,7 +187,9 @@ class _Candidates:
     def _forward_only(self, schedule: str) -> Iterator[Plan]:
         if self.shape.sweeps == 1:
             for cols in self._vocab_ladder():
-                yield self._plan(schedule, "vocabulary", 0, cols, 0, self._chunks_bytes(cols, False))
+                yield self._plan(
+                    schedule, "vocabulary", 0, cols, 0, self._chunks_bytes(cols, False)
+                )
         else:
             cols = self._copy_cols()
             for rows in self._token_ladder():
@@ -233,7 +235,7 @@ class _Candidates:
             rows = plan.token_block or min(max(kept, 1), 1024)
             yield self._plan("kept", "vocabulary", rows, plan.vocab_block, kept, need)
 
-    # --- time --------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def _plan(
         self,
@@ -308,7 +310,7 @@ class _Candidates:
             return "no gradient is wanted: statistics only"
         if over == "tokens":
             extra = ", with a float32 weight-gradient accumulator" if accumulator else ""
-            return f"the output is one number: gradients are made at once, {rows} rows at a time{extra}"
+            return f"the output is one number: gradients at once, {rows} rows at a time{extra}"
         if schedule == "early":
             return (
                 "the output is one number, but a weight-gradient accumulator does not pay or fit: "
@@ -319,4 +321,6 @@ class _Candidates:
                 f"{kept} of {shape.tokens} rows keep their logits; the backward recomputes the "
                 f"rest, {cols} vocabulary entries at a time"
             )
-        return f"nothing is kept: the backward recomputes logits {cols} vocabulary entries at a time"
+        return (
+            f"nothing is kept: the backward recomputes logits {cols} vocabulary entries at a time"
+        )

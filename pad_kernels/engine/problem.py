@@ -191,9 +191,7 @@ def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor |
     return None if bias is None else bias[:vocab].to(dtype).contiguous()
 
 
-def _live_rows(
-    recipe: Recipe, inputs: Mapping[str, Tensor], used: Tensor | None
-) -> Tensor | None:
+def _live_rows(recipe: Recipe, inputs: Mapping[str, Tensor], used: Tensor | None) -> Tensor | None:
     mask = used
     if recipe.ignore_index is not None and "labels" in inputs:
         kept = inputs["labels"][:, 0] != recipe.ignore_index

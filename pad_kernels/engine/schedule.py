@@ -59,9 +59,7 @@ class Pass:
     def logits(self, hidden: list[Tensor], start: int, stop: int, out: list[Tensor]) -> None:
         """Raw products of some rows with the vocabulary entries start to stop."""
         gemm = self.problem.recipe.gemm
-        for stream, h, z, copy in zip(
-            self.problem.streams, hidden, out, self.copies, strict=True
-        ):
+        for stream, h, z, copy in zip(self.problem.streams, hidden, out, self.copies, strict=True):
             step = stop - start if copy is None else copy.shape[0]
             for a, b in blocks(stop - start, step):
                 weight = stream.weights(start + a, start + b, gemm, copy)
@@ -99,7 +97,7 @@ def reduce_stats(stats: RowStats) -> RowStats:
 
 
 def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
-    """Statistics of every live row; the first rows' raw logits go to ``kept`` [streams, rows, V]."""
+    """Statistics of every live row; the first rows' raw logits go to ``kept``, if there is room."""
     problem, plan = run.problem, run.plan
     stats = run.empty_stats(problem.rows, problem.inputs)
     held = 0 if kept is None else min(kept.shape[1], problem.rows)
@@ -112,9 +110,7 @@ def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
     return reduce_stats(stats)
 
 
-def _over_tokens(
-    run: Pass, stats: RowStats, start: int, stop: int, kept: Tensor | None
-) -> None:
+def _over_tokens(run: Pass, stats: RowStats, start: int, stop: int, kept: Tensor | None) -> None:
     """Statistics token block by token block, both sweeps while the block's logits are at hand."""
     vocab = run.problem.recipe.vocab
     step = min(run.plan.token_block, stop - start)
@@ -219,9 +215,7 @@ def differentiate_vocabulary(
     held = 0 if kept is None else min(kept.shape[1], rows)
     hidden = run.hidden(0, rows, run.hidden_buffers(rows))
     gradient = gradient_of(problem, grad, stats)
-    buffer = run.workspace.empty(
-        len(problem.streams), rows * plan.vocab_block, dtype=gemm
-    )
+    buffer = run.workspace.empty(len(problem.streams), rows * plan.vocab_block, dtype=gemm)
     bound = plan.filter * float(grad.abs().max()) if plan.filter else 0.0
     parts = [(0, held), (held, rows)]
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):

@@ -1,4 +1,4 @@
-"""The one place that workspace comes from, accounted for so that tests can hold plans to their word."""
+"""The one place that workspace comes from, accounted for: tests hold plans to their word."""
 
 from __future__ import annotations
 

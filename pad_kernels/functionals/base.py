@@ -106,7 +106,7 @@ class Functional:
         raise NotImplementedError
 
     def curved(self, logprobs: list[Tensor], grad: Tensor, stats: RowStats) -> Tensor:
-        """The element-wise gradient [rows, cols] that LogitGradient's coefficients cannot express."""
+        """The element-wise gradient [rows, cols] that coefficients cannot express."""
         raise NotImplementedError
 
 

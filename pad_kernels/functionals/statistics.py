@@ -36,7 +36,7 @@ class Block:
         return self._cache[key]
 
     def exp(self, stream: int) -> Tensor:
-        """exp(logit - row maximum), [rows, cols]; 0 for rows that are -inf throughout."""
+        """Exponentials of logit - row maximum, [rows, cols]; 0 for rows that are -inf throughout."""
         key = ("exp", stream)
         if key not in self._cache:
             reference = finite_or_zero(self.maximum(stream))
@@ -134,7 +134,7 @@ class Normalizer(Statistic):
 
 @dataclass(frozen=True)
 class Moment(Statistic):
-    """Sum of exp(a_w - max_w) * sum_j c_j (a_j - max_j): an unnormalised expectation under stream w.
+    """Sum of exp(a_w - max_w) * sum_j c_j (a_j - max_j): an expectation, not yet normalised.
 
     Shifting by the maxima keeps divergences free of cancellation between large normalisers.
     """
@@ -270,7 +270,7 @@ class Largest(Statistic):
         ids = torch.cat((a[self][self.k :], b[self][self.k :]))
         # Real entries before unused places, then by value, then by id: three stable sorts.
         for key, descending in ((ids, False), (values, True), ((ids < 0).to(ids.dtype), False)):
-            order = key.sort(0, descending=descending, stable=True).indices
+            order = key.sort(dim=0, descending=descending, stable=True).indices
             values, ids = values.gather(0, order), ids.gather(0, order)
         return torch.cat((values[: self.k], ids[: self.k]))
 
@@ -278,7 +278,7 @@ class Largest(Statistic):
 def _first_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """torch.topk over the last dimension, with the lowest index among equal values."""
     if logits.dtype != torch.float32:
-        values, columns = logits.sort(-1, descending=True, stable=True)
+        values, columns = logits.sort(dim=-1, descending=True, stable=True)
         return values[:, :k], columns[:, :k]
     # One integer orders (value, -column): the float's bits made monotone, then the column.
     bits = (logits + 0.0).view(torch.int32).to(torch.int64)

@@ -25,9 +25,9 @@ _IDS, _LOGPROBS = "teacher_ids", "teacher_logprobs"
 class TopKForwardKL(Functional):
     """KL between (k tokens + tail bucket) outcomes of teacher and student.
 
-    ``inputs["teacher_ids"]`` int64 [rows, k] are distinct in each row, ``inputs["teacher_logprobs"]``
-    [rows, k]. Gradient: s - t on the k tokens, s (1 - t_tail / s_tail) elsewhere: one constant times
-    s, with sparse exceptions.
+    Inputs: ``teacher_ids`` int64 [rows, k], distinct in each row, and ``teacher_logprobs``
+    [rows, k]. Gradient: s - t on the k tokens, s (1 - t_tail / s_tail) elsewhere: one constant
+    times s, with sparse exceptions.
     """
 
     @property
