@@ -36,7 +36,7 @@ class Block:
         return self._cache[key]
 
     def exp(self, stream: int) -> Tensor:
-        """Exponentials of logit - row maximum, [rows, cols]; 0 for rows that are -inf throughout."""
+        """Exponentials of logit - row maximum, [rows, cols]; 0 in rows that are all -inf."""
         key = ("exp", stream)
         if key not in self._cache:
             reference = finite_or_zero(self.maximum(stream))
