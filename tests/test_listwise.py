@@ -41,7 +41,7 @@ def rewards(groups, n, spread=1.5, dtype=torch.float64):
     return (torch.randn(groups, n, dtype=torch.float64) * spread).to(dtype)
 
 
-# --- the oracle: every ranking, its probability multiplied up place by place ------------------------
+# --- the oracle: every ranking, its probability multiplied up place by place ----------------------
 
 
 def ranking_probability(x: Tensor, orders) -> Tensor:
@@ -82,7 +82,9 @@ def value_and_grad(function, s):
 
 
 def expected(kind, s, t):
-    return value_and_grad(lambda x: torch.stack([oracle(kind, *g) for g in zip(x, t, strict=True)]), s)
+    return value_and_grad(
+        lambda x: torch.stack([oracle(kind, *g) for g in zip(x, t, strict=True)]), s
+    )
 
 
 def close(ours, theirs, tolerance=1e-12):
@@ -143,7 +145,7 @@ def test_two_responses_are_a_bernoulli_choice(backend):
         torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-12)
 
 
-# --- n = 16: a plain recursion over sets ------------------------------------------------------------
+# --- n = 16: a plain recursion over sets ----------------------------------------------------------
 
 
 def recursive_kl(x: list[float], y: list[float]) -> float:
@@ -181,7 +183,7 @@ def test_sixteen_responses(kind):
     close(results[0], results[-1])
 
 
-# --- derivatives ------------------------------------------------------------------------------------
+# --- derivatives ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,13 +277,15 @@ def test_compiled_code_still_refuses_nan():
         compiled(torch.full((3, 4), math.nan, dtype=torch.float64))
 
 
-# --- what the arguments mean ------------------------------------------------------------------------
+# --- what the arguments mean ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_valid_is_leaving_responses_out(kind, backend):
     s, t = rewards(4, 5), rewards(4, 5)
-    valid = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]).bool()
+    valid = torch.tensor(
+        [[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
+    ).bool()
     s[~valid], t[~valid] = math.nan, math.inf  # padding may be anything
     value, grad = value_and_grad(
         lambda x: listwise_preference_loss(x, t, kind=kind, valid=valid, reduction="none"), s
@@ -467,7 +471,7 @@ def test_a_missing_backend_does_not_fall_back(monkeypatch):
         listwise_preference_loss(s, t)
 
 
-# --- sampling ---------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["jsd", "jsd_released"])
@@ -519,9 +523,7 @@ def test_errors_of_groups_and_subsets_add_up_in_squares():
     assert lone.standard_error[2] == 0
     some = listwise_preference_estimate(s, t, valid=valid, **options)
     torch.testing.assert_close(some.loss, lone.loss.sum() / 2)
-    torch.testing.assert_close(
-        some.standard_error, lone.standard_error.square().sum().sqrt() / 2
-    )
+    torch.testing.assert_close(some.standard_error, lone.standard_error.square().sum().sqrt() / 2)
     halves = listwise_preference_estimate(
         s.view(6, 3), t.view(6, 3), reduction="none", **options
     ).standard_error.view(3, 2)
@@ -556,7 +558,7 @@ def test_sampling_gradients_of_rare_rankings_stay_finite():
         assert value.isfinite() and grad.isfinite().all()
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
@@ -620,7 +622,7 @@ def test_kernels_check_their_arguments():
             native().listwise_words(kind, n)
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def good():
@@ -643,7 +645,11 @@ BAD = [
         "at most 8 responses.*samples=",
     ),
     (
-        {"student_rewards": torch.zeros(2, 17), "teacher_rewards": torch.zeros(2, 17), "kind": "kl"},
+        {
+            "student_rewards": torch.zeros(2, 17),
+            "teacher_rewards": torch.zeros(2, 17),
+            "kind": "kl",
+        },
         ValueError,
         "at most 16 responses.*subset_size=",
     ),
