@@ -100,14 +100,10 @@ class BuildNative(build_ext):
 def extension() -> Extension:
     """The extension module, without what only the compiler can tell."""
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    macros: list[tuple[str, str | None]] = []
-    if (CSRC / "cpu" / "listwise.cpp").exists():
-        macros.append(("PAD_HAVE_LISTWISE", "1"))
     return Extension(
         "pad_kernels._C",
         sources=[path.as_posix() for path in sources],
         depends=[path.as_posix() for path in sorted(CSRC.rglob("*.h"))],
-        define_macros=macros,
         language="c++",
         optional=True,
     )

@@ -3,15 +3,11 @@
 
 void bind_rows(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);
-#ifdef PAD_HAVE_LISTWISE
 void bind_listwise(pybind11::module_& m);
-#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row passes and listwise kernels on raw pointers (tensor.data_ptr()).";
   bind_rows(m);
   bind_memory(m);
-#ifdef PAD_HAVE_LISTWISE
   bind_listwise(m);
-#endif
 }

@@ -12,8 +12,8 @@
 #endif
 
 // The row pass is compiled once per instruction set. Formulas live in pad::PAD_ISA, so that each
-// copy has names of its own: a linker that merges equal inline functions can then never hand AVX-512
-// code to a machine without it.
+// copy has names of its own: a linker that merges equal inline functions can then never hand
+// AVX-512 code to a machine without it.
 #ifndef PAD_ISA
 #define PAD_ISA portable
 #endif

@@ -1,7 +1,7 @@
 // The formulas of the row functionals, once, for the CPU and the GPU.
 //
-// A row of logits is summarised by a RowState; `merge` joins the states of two parts of a row and is
-// associative, so the same function serves the next vocabulary chunk, another thread and another
+// A row of logits is summarised by a RowState; `merge` joins the states of two parts of a row and
+// is associative, so the same function serves the next vocabulary chunk, another thread and another
 // block of threads. `gradient_entry` is the derivative with respect to one logit once the state of
 // the whole row is known. Everything is branch-free scalar code that a compiler turns into vectors.
 #pragma once
@@ -64,9 +64,9 @@ PAD_HD ExpParts<double> exp_parts(double x) {
   return {bits_as<double>(exponent), q * r * r + r};
 }
 
-// Where the exponential leaves the normal numbers. Below it is an exact 0, never a denormal (they are
-// slow, and no sum of probabilities sees them). Above it saturates at 2.4e38 (9e307): x is a logit
-// minus its row's maximum, so it can only be positive by the rounding of a recomputed logit.
+// Where the exponential leaves the normal numbers. Below it is an exact 0, never a denormal (they
+// are slow, and no sum of probabilities sees them). Above it saturates at 2.4e38 (9e307): x is a
+// logit minus its row's maximum, so it can only be positive by the rounding of a recomputed logit.
 template <class T>
 struct ExpRange;
 template <>
@@ -109,9 +109,9 @@ PAD_HD TanhSlope<T> tanh_of(T x) {
 // a = softcap * tanh((z + bias) * scale / softcap) / temperature, and da/dz.
 template <class T>
 struct Head {
-  T inner;      // scale / softcap; unused without a soft cap
-  T outer;      // softcap / temperature; unused without a soft cap
-  T slope;      // scale / temperature: the derivative where nothing is capped
+  T inner;  // scale / softcap; unused without a soft cap
+  T outer;  // softcap / temperature; unused without a soft cap
+  T slope;  // scale / temperature: the derivative where nothing is capped
   bool capped;
   bool identity;  // a == z, but for the bias
 };
@@ -150,7 +150,7 @@ PAD_HD T larger(T left, T right) {
 // M = sum_v exp(a_w - max_w) * sum_j c_j (a_j - max_j)
 template <class T>
 struct Moment {
-  int weight;                  // w
+  int weight;                   // w
   T coefficients[kMaxStreams];  // c_j
 };
 

@@ -12,7 +12,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Huge pages for the whole pages inside a range. Only a hint: what the system says to it is ignored.
+// Huge pages for the whole pages inside a range. Only a hint: what the system says to it is
+// ignored.
 void advise_huge_pages(uintptr_t pointer, int64_t bytes) {
   if (bytes < 0) throw py::value_error("nbytes: expected >= 0, got " + std::to_string(bytes));
   if (!pointer || !bytes) return;

@@ -217,11 +217,12 @@ void bind_rows(py::module_& m) {
         py::arg("threads"), "Merge a block's row statistics into running ones.");
   m.def("row_gradient", &row_gradient, py::arg("dtype"), py::arg("streams"), py::arg("rows"),
         py::arg("cols"), py::arg("vocab_offset"), py::arg("maxima"), py::arg("sums"),
-        py::arg("out"), py::arg("out_ld"), py::arg("c0"), py::arg("c1"), py::arg("q"),
-        py::arg("p"), py::arg("sparse_ids"), py::arg("sparse_values"), py::arg("sparse_k"),
-        py::arg("tile"), py::arg("tile_absmax"), py::arg("threads"),
+        py::arg("out"), py::arg("out_ld"), py::arg("c0"), py::arg("c1"), py::arg("q"), py::arg("p"),
+        py::arg("sparse_ids"), py::arg("sparse_values"), py::arg("sparse_k"), py::arg("tile"),
+        py::arg("tile_absmax"), py::arg("threads"),
         "Gradient of a block with respect to the student's logits.");
-  m.def("simd_level", [] { return std::string(row_pass().name); },
-        "The instruction set in use: avx512, avx2 or baseline.");
+  m.def(
+      "simd_level", [] { return std::string(row_pass().name); },
+      "The instruction set in use: avx512, avx2 or baseline.");
   m.def("cxx_info", &cxx_info, "The compiler, and the flags that all instruction sets share.");
 }

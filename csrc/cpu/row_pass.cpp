@@ -83,15 +83,11 @@ inline int16_t ordered(bfloat16 z) {
   const int16_t bits = bits_as<int16_t>(z.bits);
   return int16_t(bits ^ ((bits >> 15) & 0x7fff));
 }
-inline float number(int32_t key) {
-  return bits_as<float>(key ^ ((key >> 31) & 0x7fffffff));
-}
+inline float number(int32_t key) { return bits_as<float>(key ^ ((key >> 31) & 0x7fffffff)); }
 inline double number(int64_t key) {
   return bits_as<double>(key ^ ((key >> 63) & 0x7fffffffffffffffll));
 }
-inline float number(int16_t key) {
-  return load(bfloat16{uint16_t(key ^ ((key >> 15) & 0x7fff))});
-}
+inline float number(int16_t key) { return load(bfloat16{uint16_t(key ^ ((key >> 15) & 0x7fff))}); }
 
 // ---------------------------------------------------------------- loops over one tile
 
@@ -425,8 +421,7 @@ void one_stream_gradient(const A* a, int64_t n, const RowCoefficients<T>& coeffi
       out[i] = store<O>((c0 + exp_of(load(a[i]) - shift) * constant) * slope);
   } else {
     PAD_SIMD
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = store<O>(c0 + exp_of(load(a[i]) - shift) * constant);
+    for (int64_t i = 0; i < n; ++i) out[i] = store<O>(c0 + exp_of(load(a[i]) - shift) * constant);
   }
 }
 
@@ -455,7 +450,8 @@ void store_tile(const T* d, const T* chain, T slope, int64_t n, Z* out) {
   }
 }
 
-// The largest |out| of a tile as float bits, which for numbers without a sign are in order, NaN last.
+// The largest |out| of a tile as float bits, which for numbers without a sign are in order, NaN
+// last.
 inline uint32_t magnitude_bits(float z) { return bits_as<uint32_t>(z) & 0x7fffffffu; }
 inline uint32_t magnitude_bits(double z) { return magnitude_bits(float(z)); }
 inline uint32_t magnitude_bits(bfloat16 z) { return magnitude_bits(load(z)); }
@@ -640,18 +636,24 @@ void gradient(const GradientArgs& args) {
 void row_statistics(const StatisticsArgs& args) {
   if (args.rows <= 0 || args.cols <= 0) return;
   switch (args.dtype) {
-    case DType::float32: return statistics<float>(args);
-    case DType::float64: return statistics<double>(args);
-    case DType::bfloat16: return statistics<bfloat16>(args);
+    case DType::float32:
+      return statistics<float>(args);
+    case DType::float64:
+      return statistics<double>(args);
+    case DType::bfloat16:
+      return statistics<bfloat16>(args);
   }
 }
 
 void row_gradient(const GradientArgs& args) {
   if (args.cols <= 0) return;
   switch (args.dtype) {
-    case DType::float32: return gradient<float>(args);
-    case DType::float64: return gradient<double>(args);
-    case DType::bfloat16: return gradient<bfloat16>(args);
+    case DType::float32:
+      return gradient<float>(args);
+    case DType::float64:
+      return gradient<double>(args);
+    case DType::bfloat16:
+      return gradient<bfloat16>(args);
   }
 }
 

@@ -14,7 +14,7 @@ enum class DType { float32, float64, bfloat16 };
 struct StreamArgs {
   const void* logits;  // (rows, cols), leading dimension ld
   int64_t ld;
-  const void* bias;  // (cols,) acc, or null
+  const void* bias;                    // (cols,) acc, or null
   double scale, softcap, temperature;  // softcap 0: none
 };
 
@@ -61,10 +61,10 @@ struct GradientArgs {
 };
 
 // One set of entry points per instruction set.
-#define PAD_DECLARE_ROW_PASS(isa)                \
-  namespace isa {                                \
-  void row_statistics(const StatisticsArgs&);    \
-  void row_gradient(const GradientArgs&);        \
+#define PAD_DECLARE_ROW_PASS(isa)             \
+  namespace isa {                             \
+  void row_statistics(const StatisticsArgs&); \
+  void row_gradient(const GradientArgs&);     \
   }
 PAD_DECLARE_ROW_PASS(portable)
 PAD_DECLARE_ROW_PASS(avx2)
