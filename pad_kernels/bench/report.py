@@ -61,7 +61,7 @@ def metadata(device: torch.device, threads: int) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["pad-kernels", "bench", *sys.argv[2:]]),
+        "command": " ".join(["pad-kernels", "bench", *(a for a in sys.argv[1:] if a != "bench")]),
         "commit": _commit(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -103,6 +103,50 @@ def table(case: dict[str, Any]) -> str:
             rest = cells[1]
         lines.append(f"  {cells[0]:<{widths[0]}}  {rest}".rstrip())
     return "\n".join(lines)
+
+
+def _ratio(row: Row) -> str:
+    if row["status"] != "ok":
+        return str(row["status"])
+    own = f" ({row['own_ratio']:.2f})" if row["own_gemms"] != row["gemms"] else ""
+    return f"{row['ratio']:.2f}{own}"
+
+
+def _markdown_table(op: str, selected: list[dict[str, Any]]) -> list[str]:
+    names = [row["implementation"] for row in selected[0]["rows"]]
+    heads = [case["name"].split("/", 1)[1].replace("x", "×").replace("/", " ") for case in selected]
+    weighed = [c for c in selected if any(r["peak_mib"] is not None for r in c["rows"])]
+    memory_heads = [f"MiB, {case['dtype']}" for case in weighed]
+    header = ["implementation", *heads, *memory_heads]
+    lines = [f"{OPS[op].text[0].upper()}{OPS[op].text[1:]}, ÷ {OPS[op].gemms}·N·H·V floor:", ""]
+    lines += ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    for name in names:
+        cells = [name]
+        for case in selected:
+            row = next((r for r in case["rows"] if r["implementation"] == name), None)
+            cells.append("" if row is None else _ratio(row))
+        for case in weighed:
+            row = next((r for r in case["rows"] if r["implementation"] == name), None)
+            peak = None if row is None else row["peak_mib"]
+            cells.append("" if peak is None else f"{peak:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole run as Markdown tables: ratios by implementation and case, then peak memory."""
+    lines: list[str] = []
+    for op in OPS:
+        selected = [case for case in result["cases"] if case["op"] == op]
+        if selected:
+            lines += _markdown_table(op, selected)
+    meta = result["meta"]
+    for row in result["ignored"]:
+        share = f"{row['share']:.2f} of its full time with {row['ignored']:.0%} of the rows ignored"
+        lines.append(f"- {row['implementation']}, {row['case']}: {share}")
+    device = meta["gpu"] or f"{meta['cpu']}, {meta['cpu_capability']}, {meta['threads']} threads"
+    where = f"{device}; torch {meta['versions']['torch']}; {meta['date'][:10]}; `{meta['command']}`"
+    return "\n".join([*lines, "", where])
 
 
 def _panel(axis: Any, case: dict[str, Any], key: str) -> None:

@@ -1,0 +1,239 @@
+"""The benchmark: what passes the gate, what it writes, and that it never hides a peer."""
+
+import argparse
+import json
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pad_kernels as pk
+from pad_kernels.bench import cases, gate, measure, memory, report, runner, timing
+from pad_kernels.bench.cases import OPS, Case, make_inputs
+from pad_kernels.bench.implementations import (
+    Implementation,
+    Unavailable,
+    all_implementations,
+    step,
+)
+from pad_kernels.bench.peers import dense
+
+CPU = torch.device("cpu")
+NEED_CPP = pytest.mark.skipif(
+    pk.available_backends()["cpp"] != "available", reason="the extension is not built"
+)
+
+
+def _case(op: str, dtype: str = "float32", ignored: float = 0.0) -> Case:
+    return Case(op, 24, 16, 300, dtype, ignored)
+
+
+def _options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    runner.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_oracle_agrees_with_autograd_in_float64(op: str, ignored: float) -> None:
+    case = _case(op, ignored=ignored)
+    inputs = make_inputs(case, CPU)
+    reference = gate.oracle(case, inputs)
+    hidden, weight = (x.detach().double().requires_grad_() for x in (inputs.hidden, inputs.weight))
+    reduction = "mean" if op == "cross_entropy" else "none"
+    value = F.cross_entropy(F.linear(hidden, weight), inputs.labels, reduction=reduction)
+    value = value if op == "cross_entropy" else -value
+    torch.testing.assert_close(reference.tensors["value"], value.detach())
+    if not OPS[op].backward:
+        assert set(reference.tensors) == {"value"}
+        return
+    value.backward(inputs.upstream.double())
+    torch.testing.assert_close(reference.tensors["grad_hidden"], hidden.grad)
+    torch.testing.assert_close(reference.tensors["grad_weight"], weight.grad)
+
+
+def test_the_same_case_has_the_same_tensors() -> None:
+    one, two = (make_inputs(_case("logprob", ignored=0.25), CPU) for _ in range(2))
+    assert torch.equal(one.hidden, two.hidden) and torch.equal(one.labels, two.labels)
+    assert int((one.labels == cases.IGNORE).sum()) == 6
+
+
+def _wrong(case: Case):
+    right = dense(case)
+    return lambda x: right(x) * 1.001
+
+
+def _raises(case: Case):
+    def function(x):
+        raise RuntimeError("out of luck")
+
+    return function
+
+
+def _missing(case: Case):
+    raise Unavailable("not here")
+
+
+def test_what_fails_is_listed_and_not_timed() -> None:
+    case = _case("cross_entropy")
+    builders = {"right": dense, "wrong": _wrong, "raises": _raises, "missing": _missing}
+    implementations = [Implementation(n, "cross_entropy", b) for n, b in builders.items()]
+    implementations.append(Implementation("long", "cross_entropy", dense, largest=1.0))
+    record = measure.measure(case, implementations, 2, CPU)
+    rows = {row["implementation"]: row for row in record["rows"]}
+    states = {name: row["status"] for name, row in rows.items()}
+    assert states == {
+        "right": "ok",
+        "wrong": "inaccurate",
+        "raises": "failed",
+        "missing": "missing",
+        "long": "skipped",
+    }
+    assert "value: error" in rows["wrong"]["reason"]
+    assert rows["raises"]["reason"] == "RuntimeError: out of luck"
+    assert [name for name, row in rows.items() if "time_ms" in row] == ["right"]
+    text = report.table(record)
+    assert all(name in text for name in builders) and "missing: not here" in text
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_implementation_passes_the_gate_or_says_why(op: str, dtype: str) -> None:
+    chosen = [i for i in all_implementations() if i.op == op and not i.compiled]
+    record = measure.measure(_case(op, dtype), chosen, 2, CPU)
+    for row in record["rows"]:
+        if row["ours"]:
+            assert row["status"] == "ok" or "cpp" in row["implementation"], row
+        else:
+            assert row["status"] == "ok" or row["reason"], row
+
+
+def test_gradients_do_not_leak_from_one_implementation_into_the_next() -> None:
+    """An implementation that makes no gradients must not pass on those of the one before."""
+
+    def idle(case: Case):
+        right = dense(case)
+        return lambda x: right(x).detach().requires_grad_()
+
+    case = _case("cross_entropy")
+    implementations = [
+        Implementation("right", case.op, dense),
+        Implementation("idle", case.op, idle),
+    ]
+    record = measure.measure(case, implementations, 2, CPU)
+    assert [row["status"] for row in record["rows"]] == ["ok", "failed"]
+
+
+def test_nan_is_over_every_bound() -> None:
+    assert gate.failures({"value": float("nan")}, {"value": 1.0})
+    assert not gate.failures({"value": 1.0}, {"value": 1.0})
+
+
+def test_floors_are_the_products_of_a_step() -> None:
+    case = _case("cross_entropy")
+    inputs = make_inputs(case, CPU)
+    floor = timing.Floor(case, inputs)
+    torch.testing.assert_close(floor.logits, F.linear(inputs.hidden, inputs.weight).detach())
+    grad_hidden, grad_weight = floor.backward()
+    assert grad_hidden.shape == inputs.hidden.shape and grad_weight.shape == inputs.weight.shape
+    seconds = floor.round(CPU)
+    assert 0 < seconds[2] < seconds[6] < seconds[8]
+
+
+def test_slow_ones_sit_rounds_out_and_the_order_rotates() -> None:
+    inputs = make_inputs(_case("cross_entropy"), CPU)
+    floor = timing.Floor(_case("cross_entropy"), inputs)
+    floor.round = lambda device: {2: 1e-9, 6: 1e-9, 8: 1e-9}
+    order = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    measured = timing.time_rounds(steps, floor, inputs, 4, 6)
+    assert order == ["a", "b", "c", "b", "c", "a"]
+    assert [s is None for s in measured.seconds["a"]] == [False, False, True, True]
+
+
+def test_spread_of_one_value_and_of_many() -> None:
+    assert timing.Spread.of([2.0]) == timing.Spread(2.0, 2.0, 2.0)
+    assert timing.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == timing.Spread(3.0, 2.0, 4.0)
+
+
+def test_ignored_share_is_measured_for_each() -> None:
+    case = _case("cross_entropy")
+    implementations = [
+        Implementation("dense", case.op, dense),
+        Implementation("broken", case.op, _raises),
+    ]
+    rows = measure.measure_ignored(case, implementations, 2, CPU)
+    assert [row["implementation"] for row in rows] == ["dense"]
+    assert rows[0]["share"] > 0 and rows[0]["ignored"] == 0.8
+
+
+@pytest.mark.memory
+def test_peak_memory_of_dense_logits_is_seen() -> None:
+    """Float32 log-softmax and its gradient: at least two N×V buffers, at most four."""
+    case = Case("cross_entropy", 512, 8, 16384, "float32")
+    seen = memory.finish(memory.start(case, "dense eager", "cpu", 2))
+    buffer = case.tokens * case.vocab * 4 / memory.MIB
+    assert seen is not None and 1.9 * buffer < seen < 4 * buffer
+
+
+@pytest.mark.memory
+def test_a_broken_child_has_no_figure(capfd: pytest.CaptureFixture) -> None:
+    child = memory.start(_case("cross_entropy"), "nothing of that name", "cpu", 1)
+    assert memory.finish(child) is None
+    assert "IndexError" in capfd.readouterr().err
+
+
+@NEED_CPP
+def test_a_run_writes_table_json_and_plots(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cases, "QUICK_SHAPES", ((16, 8, 200),))
+    options = _options("--quick", "--repeats", "2", "--dtype", "float32", "--out", str(tmp_path))
+    options.impl = "e"  # not the compiled ones, which take their time
+    monkeypatch.setattr(
+        runner,
+        "all_implementations",
+        lambda: [i for i in all_implementations() if not i.compiled],
+    )
+    assert runner.run(options) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert {case["op"] for case in result["cases"]} == set(OPS)
+    assert result["meta"]["versions"]["pad_kernels"] == pk.__version__
+    assert {"commit", "cpu", "date", "command", "threads"} <= set(result["meta"])
+    first = result["cases"][0]["rows"][0]
+    assert first["ours"] and first["ratio"] > 0 and first["peak_mib"] is not None
+    assert result["ignored"] and all(row["share"] > 0 for row in result["ignored"])
+    pngs = {path.name for path in tmp_path.glob("*.png")}
+    assert {"cross_entropy_time.png", "logprob_memory.png", "score_time.png"} <= pngs
+    shown = capsys.readouterr().out
+    assert "pad_kernels early:cpp" in shown and "dense eager" in shown
+    assert report.markdown(result).count("| pad_kernels") >= 3
+
+
+@pytest.mark.parametrize("words", [["--case", "nothing"], ["--impl", "nothing", "--quick"]])
+def test_filters_that_leave_nothing_say_so(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="nothing"):
+        runner.run(_options(*words))
+
+
+def test_cuda_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="no GPU"):
+        runner.run(_options("--device", "cuda"))
+
+
+def test_help_of_the_script(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--help"])
+    assert "--no-memory" in capsys.readouterr().out
+
+
+def test_a_step_without_gradient_makes_none() -> None:
+    case = _case("score")
+    inputs = make_inputs(case, CPU)
+    value = step(dense(case), case, inputs)
+    assert not value.requires_grad and inputs.hidden.grad is None
