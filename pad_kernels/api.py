@@ -17,7 +17,7 @@ from pad_kernels._checks import (
     fail_type,
     fail_value,
 )
-from pad_kernels.engine.call import Call
+from pad_kernels.engine.call import Call, weighted
 from pad_kernels.engine.plan import Plan, PlanRequest
 from pad_kernels.engine.topk import topk
 from pad_kernels.functionals import (
@@ -266,7 +266,7 @@ def linear_cross_entropy(
     if reduction == "none":
         values, _ = call.tokens(functionals)
         loss = (values * factors.unsqueeze(1)).sum(0).reshape(labels.shape)
-        return loss if weights is None else loss * weights
+        return loss if weights is None else weighted(loss, weights.to(call.accumulate))
     counted = (call.inputs["labels"] != ignore_index).reshape(-1)
     per_token = counted.to(call.accumulate)
     if weights is not None:

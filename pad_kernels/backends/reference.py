@@ -123,6 +123,9 @@ def forward(
     greedy = torch.empty(0, dtype=torch.int64, device=hidden.device)
     if recipe.argmax:
         greedy = logits.argmax(-1)
+        if recipe.ignore_index is not None and "labels" in recipe.input_names:
+            labels = row_inputs[recipe.input_names.index("labels")][:, 0]
+            greedy = greedy.masked_fill(labels == recipe.ignore_index, -1)
     return values.to(accumulate_dtype(hidden.dtype)), greedy
 
 

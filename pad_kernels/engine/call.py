@@ -26,6 +26,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """values * weights; a weight of 0 silences an infinite value, yet has its own gradient."""
+    silent = (weights == 0) & ~values.isfinite()
+    return values.masked_fill(silent, 0.0) * weights
+
+
 @dataclass
 class Call:
     """One use of the row engine.
@@ -125,6 +131,6 @@ class Call:
         """sum(coefficients * values), one differentiable number; coefficients [outputs, N]."""
         if coefficients.requires_grad and torch.is_grad_enabled():
             values, _ = self.tokens(functionals)
-            return torch.where(coefficients == 0, 0.0, values * coefficients).sum()
+            return weighted(values, coefficients).sum()
         recipe = self.recipe(functionals)
         return ops.weighted_sum(*self.tensors(), coefficients, recipe.dumps())[0]
