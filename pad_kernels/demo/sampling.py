@@ -1,0 +1,82 @@
+"""PAD's first phase: n responses a prompt, sampled from the student at high temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pad_kernels.demo.models import IGNORE, LanguageModel
+from pad_kernels.demo.settings import Settings
+
+CHUNK = 256  # sequences sampled side by side: enough to fill the GEMMs, small enough for any memory
+EOS = 2
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Sampled responses of some prompts.
+
+    Attributes:
+        inputs: token ids [prompts, n, L], a prompt and its response, without the last token.
+        labels: [prompts, n, L], the next tokens: the response up to and with its end-of-text token;
+            the prompt and what follows the end are ignored.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def select(self, prompts: Tensor, responses: Tensor | None = None) -> Responses:
+        """Some prompts [P], and of each of them some responses [P, m] where given."""
+        inputs, labels = self.inputs[prompts], self.labels[prompts]
+        if responses is None:
+            return Responses(inputs, labels)
+        index = responses[..., None].expand(-1, -1, inputs.shape[-1])
+        return Responses(inputs.gather(1, index), labels.gather(1, index))
+
+    def tokens(self, prompt: int, response: int) -> list[int]:
+        """Token ids of one response, without its end-of-text token."""
+        row = self.labels[prompt, response]
+        return row[(row != IGNORE) & (row != EOS)].tolist()
+
+    def lengths(self) -> Tensor:
+        """Response tokens [prompts, n]."""
+        return (self.labels != IGNORE).sum(-1)
+
+
+def _sample(
+    model: LanguageModel, prompts: Tensor, settings: Settings, generator: torch.Generator
+) -> Tensor:
+    """Continue prompts [B, L] by response_tokens tokens, with the keys and values cached."""
+    cache = DynamicCache(config=model.model.config)
+    ids, step = prompts, prompts
+    done = torch.zeros(len(prompts), dtype=torch.bool)
+    for _ in range(settings.response_tokens):
+        states = model.model.model(input_ids=step, past_key_values=cache, use_cache=True)
+        logits = model.next_token_logits(states.last_hidden_state[:, -1])
+        probabilities = torch.softmax(logits / settings.temperature, dim=-1)
+        step = torch.multinomial(probabilities, 1, generator=generator)
+        step[done] = EOS
+        done |= step[:, 0] == EOS
+        ids = torch.cat([ids, step], dim=1)
+    return ids
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel, prompts: Tensor, settings: Settings, seed: int, n: int | None = None
+) -> Responses:
+    """Sample n responses to each of prompts [P, L]; the seed decides all of them."""
+    n = n or settings.responses
+    generator = torch.Generator().manual_seed(seed)
+    repeated = prompts.repeat_interleave(n, dim=0)
+    parts = [_sample(model, part, settings, generator) for part in repeated.split(CHUNK)]
+    ids = torch.cat(parts)
+    labels = ids[:, 1:].clone()
+    labels[:, : prompts.shape[1] - 1] = IGNORE
+    ended = ((labels == EOS).cumsum(-1) - (labels == EOS).long()) > 0
+    labels[ended] = IGNORE
+    shape = (len(prompts), n, ids.shape[1] - 1)
+    return Responses(ids[:, :-1].reshape(shape), labels.reshape(shape))
