@@ -49,7 +49,7 @@ def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
 
 def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens [N] (or nothing) and packed statistics [numbers, N]."""
-    with Workspace(problem.device) as workspace:
+    with Workspace(problem.device, problem.limit) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
         stats = schedule.measure_rows(run, kept if kept.numel() else None)
         values = schedule.values_of(problem, stats)
@@ -71,7 +71,7 @@ def _backward(
     upstream = grad.to(problem.accumulate)
     if problem.live is not None:
         upstream = upstream.index_select(1, problem.live)
-    with Workspace(problem.device) as workspace:
+    with Workspace(problem.device, problem.limit) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=False)
         held = kept if kept.numel() else None
@@ -271,13 +271,13 @@ def _weighted(values: Tensor, coefficients: Tensor) -> Tensor:
 def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
     live = problem.live
     weights = coefficients if live is None else coefficients.index_select(1, live)
-    with Workspace(problem.device) as workspace:
+    with Workspace(problem.device, problem.limit) as workspace:
         buffers = GradientBuffers(problem, plan, workspace, early=True)
         if plan.gradient_over == "tokens":
             run = schedule.Pass.start(problem, plan, workspace)
             values = schedule.differentiate_tokens(run, weights, buffers)
         else:
-            with Workspace(problem.device) as first:
+            with Workspace(problem.device, problem.limit) as first:
                 run = schedule.Pass.start(problem, plan, first)
                 stats = schedule.measure_rows(run, None)
             values = schedule.values_of(problem, stats)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.plan import Plan, Shape
-from pad_kernels.engine.planner import make_plan
+from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.heads import HeadOptions
@@ -76,6 +76,13 @@ class Problem:
         return self.weight.device
 
     @property
+    def limit(self) -> int:
+        """Bytes of workspace that were allowed."""
+        device = self.device
+        default = default_budget(device.type, _device_bytes(device))
+        return self.recipe.request.budget or default
+
+    @property
     def accumulate(self) -> torch.dtype:
         """Dtype of statistics and accumulators."""
         return accumulate_dtype(self.streams[0].hidden.dtype)
@@ -97,15 +104,19 @@ class Problem:
         ]
 
 
+def _device_bytes(device: torch.device) -> int:
+    """Total memory of a GPU; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def plan_shape(
     recipe: Recipe, hidden: Sequence[Tensor], weights: Sequence[Tensor], *, reduced: bool
 ) -> Shape:
     """What the planner needs to know; real and fake tensors give the same answer."""
     student = hidden[0]
     device = student.device
-    total = 0
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
     backend = recipe.request.backend
     assert backend is not None, "the API resolves the backend before an op is called"
     return Shape(
@@ -120,7 +131,7 @@ def plan_shape(
         sweeps=recipe.sweeps,
         backend=backend,
         device=device.type,
-        device_bytes=total,
+        device_bytes=_device_bytes(device),
         copied_weights=not all(enters_product(w[: recipe.vocab], recipe.gemm) for w in weights),
     )
 

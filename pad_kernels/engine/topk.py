@@ -29,7 +29,7 @@ def topk(
     with torch.autocast(hidden.device.type, enabled=False):
         plan = op_plan(todo, hidden, weight, teachers, reduced=False)
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
-        with Workspace(problem.device) as workspace:
+        with Workspace(problem.device, problem.limit) as workspace:
             stats = schedule.measure_rows(schedule.Pass.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
         logprobs = (values - stats.maximum()) - stats.total().log()
