@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import time
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_slow_ones_sit_rounds_out_and_the_order_rotates() -> None:
     measured = timing.time_rounds(steps, floor, inputs, 4, 6)
     assert order == ["a", "b", "c", "b", "c", "a"]
     assert [s is None for s in measured.seconds["a"]] == [False, False, True, True]
+
+
+def test_what_is_far_too_slow_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleepy(case: Case):
+        right = dense(case)
+
+        def function(x):
+            time.sleep(0.2)
+            return right(x)
+
+        return function
+
+    monkeypatch.setattr(timing, "SECONDS", 0.1)
+    case = _case("cross_entropy")
+    implementations = [Implementation("sleepy", case.op, sleepy)]
+    row = measure.measure(case, implementations, 3, CPU)["rows"][0]
+    assert row["rounds"] == 0 and row["time_ms"] > 200 and row["ratio"] > 5
+    assert "one step" in report._cells(row)
 
 
 def test_spread_of_one_value_and_of_many() -> None:

@@ -97,8 +97,10 @@ def _drop_hopeless(
     """Take what is far too slow out of the rounds; its time is that of the gate's step."""
     for row in rows:
         name = row["implementation"]
-        ratio = row.get("gate_ms", 0.0) / floor_ms
-        if row["status"] != "ok" or name in compiled or ratio < timing.HOPELESS:
+        spent = row.get("gate_ms", 0.0)
+        ratio = spent / floor_ms
+        hopeless = ratio > timing.HOPELESS and spent > 1e3 * timing.SECONDS
+        if row["status"] != "ok" or name in compiled or not hopeless:
             continue
         del functions[name]
         row |= {"time_ms": row["gate_ms"], "ratio": ratio, "rounds": 0}

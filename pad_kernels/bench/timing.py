@@ -14,9 +14,10 @@ from torch import Tensor
 from pad_kernels.bench.cases import Case, Inputs
 
 # So that a run stays short: what takes over SLOW times the floor is timed in SLOW_ROUNDS rounds,
-# and over HOPELESS times the floor only once, in the step that the accuracy gate looks at.
+# and over HOPELESS times the floor, if that is seconds, only once, in the step that the accuracy
+# gate looks at.
 SLOW, SLOW_ROUNDS = 2.5, 2
-HOPELESS = 5.0
+HOPELESS, SECONDS = 5.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def time_rounds(
         for index in range(repeats):
             inputs.clear()
             measured.floors.append(floor.round(device))
-            for name in names[index % len(names) :] + names[: index % len(names)]:
+            first = index % max(len(names), 1)
+            for name in names[first:] + names[:first]:
                 done = [s for s in measured.seconds[name] if s is not None]
                 limit = SLOW * measured.floors[0][gemms]
                 if len(done) >= SLOW_ROUNDS and min(done) > limit:
