@@ -13,7 +13,7 @@ from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
 from pad_kernels.backends.base import choose_backend
 from pad_kernels.engine import ops
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
-from pad_kernels.engine.problem import plan_shape
+from pad_kernels.engine.problem import plan_shape, planned_device
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 from pad_kernels.heads import Head
@@ -21,7 +21,7 @@ from pad_kernels.heads import Head
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on this device, None when it is off."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
@@ -101,7 +101,7 @@ class Call:
             request=self._request,
             topk=topk,
         )
-        return recipe.on(choose_backend(self._request.backend, recipe, student.hidden.device))
+        return recipe.on(choose_backend(self._request.backend, recipe, planned_device(student.hidden)))
 
     def shape(self, recipe: Recipe, *, reduced: bool) -> Shape:
         """What the planner would see."""

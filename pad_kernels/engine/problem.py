@@ -111,12 +111,17 @@ def _device_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def planned_device(tensor: Tensor) -> torch.device:
+    """The device to plan for: a tensor without storage stands for one on the CPU."""
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
 def plan_shape(
     recipe: Recipe, hidden: Sequence[Tensor], weights: Sequence[Tensor], *, reduced: bool
 ) -> Shape:
     """What the planner needs to know; real and fake tensors give the same answer."""
     student = hidden[0]
-    device = student.device
+    device = planned_device(student)
     backend = recipe.request.backend
     assert backend is not None, "the API resolves the backend before an op is called"
     return Shape(
