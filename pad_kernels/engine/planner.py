@@ -316,6 +316,8 @@ class _Candidates:
                 "the output is one number, but a weight-gradient accumulator does not pay or fit: "
                 f"statistics first, then gradients {cols} vocabulary entries at a time"
             )
+        if kept == shape.tokens:
+            return f"all rows keep their logits; gradients {cols} vocabulary entries at a time"
         if kept:
             return (
                 f"{kept} of {shape.tokens} rows keep their logits; the backward recomputes the "
