@@ -79,11 +79,12 @@ def available_backends() -> dict[str, str]:
     }
 
 
-def choose_backend(name: str | None, recipe: Recipe, device: torch.device) -> str:
-    """Resolve a backend: a named one never falls back, otherwise the first that can."""
+def resolve_backend(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with its backend named: a named one never falls back, else the first that can."""
+    name = recipe.request.backend
     if name in ("reference", "torch_blocked"):
-        return name
+        return recipe
     reason = get_backend("cpp").refuses(recipe, device)
     if name == "cpp" and reason:
         fail_value("plan", "a backend that can do this", f"'cpp', which cannot: {reason}")
-    return "torch_blocked" if reason else "cpp"
+    return recipe.on("torch_blocked" if reason else "cpp")

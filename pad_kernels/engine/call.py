@@ -10,10 +10,9 @@ from torch import Tensor
 
 from pad_kernels._checks import check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
-from pad_kernels.backends.base import choose_backend
 from pad_kernels.engine import ops
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
-from pad_kernels.engine.problem import plan_shape, planned_device
+from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 from pad_kernels.heads import Head
@@ -27,7 +26,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:
-    """values * weights; a weight of 0 silences an infinite value, yet has its own gradient."""
+    """Values * weights; a weight of 0 silences an infinite value, yet has its own gradient."""
     silent = (weights == 0) & ~values.isfinite()
     return values.masked_fill(silent, 0.0) * weights
 
@@ -84,7 +83,7 @@ class Call:
         """The static half of the call."""
         student, grad = self.student, torch.is_grad_enabled()
         bias = student.bias
-        recipe = Recipe(
+        return Recipe(
             functionals=tuple(functionals),
             heads=tuple(self._options),
             biased=tuple(h.bias is not None for h in (student, *self.teachers)),
@@ -101,7 +100,6 @@ class Call:
             request=self._request,
             topk=topk,
         )
-        return recipe.on(choose_backend(self._request.backend, recipe, planned_device(student.hidden)))
 
     def shape(self, recipe: Recipe, *, reduced: bool) -> Shape:
         """What the planner would see."""

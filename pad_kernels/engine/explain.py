@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from pad_kernels._checks import check_flag
+from pad_kernels.backends.base import resolve_backend
 from pad_kernels.engine.call import Call
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
+from pad_kernels.engine.problem import planned_device
 from pad_kernels.functionals import LogProb
 from pad_kernels.heads import Head
 
@@ -47,7 +49,7 @@ def explain(
     """
     check_flag("per_token", per_token)
     call = Call(Head(hidden, weight, bias, vocab_size=vocab_size), plan=plan)
-    recipe = call.recipe([LogProb()])
+    recipe = resolve_backend(call.recipe([LogProb()]), planned_device(hidden))
     shape = call.shape(recipe, reduced=not per_token)
     found = make_plan(shape, recipe.request)
     print(describe(found, shape, recipe.request))

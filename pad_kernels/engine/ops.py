@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends import reference
+from pad_kernels.backends.base import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.gradients import GradientBuffers
 from pad_kernels.engine.plan import Plan
-from pad_kernels.engine.problem import Problem, build_problem, op_plan
+from pad_kernels.engine.problem import Problem, build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace, account, empty
 from pad_kernels.functionals.statistics import Argmax
@@ -29,6 +30,10 @@ OptionalTensor = Tensor | None
 
 def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
+
+
+def _read(recipe: str, hidden: Tensor) -> Recipe:
+    return resolve_backend(Recipe.loads(recipe), planned_device(hidden))
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def token_outputs(
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens, statistics for the backward, kept logits."""
-    todo = Recipe.loads(recipe)
+    todo = _read(recipe, hidden)
     with _without_autocast(hidden.device):
         if todo.request.backend == "reference":
             values, greedy = reference.forward(todo, hidden, weight, bias, row_inputs, teachers)
@@ -114,7 +119,7 @@ def _(
     teachers: Sequence[Tensor],
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    todo = Recipe.loads(recipe)
+    todo = _read(recipe, hidden)
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
     named = dict(zip(todo.input_names, row_inputs, strict=True))
     values = hidden.new_empty((todo.outputs(named), rows), dtype=dtype)
@@ -143,7 +148,7 @@ def token_outputs_backward(
 
     ``grad`` is [outputs, N], or one number to be multiplied by ``coefficients`` [outputs, N].
     """
-    todo = Recipe.loads(recipe)
+    todo = _read(recipe, hidden)
     with _without_autocast(hidden.device):
         used = None
         if coefficients is not None:
@@ -247,7 +252,7 @@ def weighted_sum(
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """sum(coefficients * values), ``coefficients`` [outputs, N], and what its backward needs."""
-    todo = Recipe.loads(recipe)
+    todo = _read(recipe, hidden)
     with _without_autocast(hidden.device):
         if todo.request.backend == "reference":
             values, _ = reference.forward(todo, hidden, weight, bias, row_inputs, teachers)
@@ -297,7 +302,7 @@ def _(
     coefficients: Tensor,
     recipe: str,
 ) -> _Sum:
-    todo = Recipe.loads(recipe)
+    todo = _read(recipe, hidden)
     dtype = accumulate_dtype(hidden.dtype)
     parts = hidden.new_empty((coefficients.shape[0],), dtype=dtype)
     if todo.request.backend == "reference":

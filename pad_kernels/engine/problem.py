@@ -123,7 +123,7 @@ def plan_shape(
     student = hidden[0]
     device = planned_device(student)
     backend = recipe.request.backend
-    assert backend is not None, "the API resolves the backend before an op is called"
+    assert backend is not None, "resolve_backend comes first"
     return Shape(
         tokens=int(student.shape[0]),
         vocab=recipe.vocab,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +15,15 @@ from pad_kernels.engine.plan import PlanRequest
 from pad_kernels.functionals.base import Functional, from_data, to_data
 from pad_kernels.functionals.statistics import Argmax, Largest, Statistic
 from pad_kernels.heads import HeadOptions
+
+
+def _literal(data: Any) -> str:
+    """``repr`` of plain data, in steps that torch.compile can follow."""
+    if isinstance(data, dict):
+        return "{" + "".join([f"{key!r}: {_literal(x)}, " for key, x in data.items()]) + "}"
+    if isinstance(data, list | tuple):
+        return "[" + "".join([f"{_literal(x)}, " for x in data]) + "]"
+    return f"{data!r}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Recipe:
     topk: int = 0
 
     def dumps(self) -> str:
-        """As JSON."""
+        """As a Python literal."""
         data: dict[str, Any] = {
             **{name: getattr(self, name) for name in ("biased", "input_names", "vocab")},
             **{name: getattr(self, name) for name in ("ignore_index", "needs", "argmax", "topk")},
@@ -57,13 +66,13 @@ class Recipe:
             "gemm": str(self.gemm).removeprefix("torch."),
             "request": asdict(self.request),
         }
-        return json.dumps(data)
+        return _literal(data)
 
     @staticmethod
     @functools.lru_cache(maxsize=512)
     def loads(text: str) -> Recipe:
-        """From JSON."""
-        data = json.loads(text)
+        """From what :meth:`dumps` wrote."""
+        data = ast.literal_eval(text)
         return Recipe(
             functionals=tuple(from_data(f) for f in data["functionals"]),
             heads=tuple(HeadOptions(**h) for h in data["heads"]),

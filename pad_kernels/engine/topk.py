@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.backends.base import resolve_backend
 from pad_kernels.engine import schedule
-from pad_kernels.engine.problem import build_problem, op_plan
+from pad_kernels.engine.problem import build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.statistics import Largest
@@ -25,7 +27,9 @@ def topk(
     recipe: str,
 ) -> tuple[Tensor, Tensor]:
     """Token ids [N, k] int64 and log-probabilities [N, k] of the k likeliest tokens."""
-    todo = Recipe.loads(recipe)
+    todo = resolve_backend(Recipe.loads(recipe), planned_device(hidden))
+    if todo.request.backend == "reference":
+        fail_value("plan", "a blocked backend", "'reference', which has no top-k")
     with torch.autocast(hidden.device.type, enabled=False):
         plan = op_plan(todo, hidden, weight, teachers, reduced=False)
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
