@@ -1,8 +1,9 @@
 """What the engine is compared with: dense computations written out anew, and the accuracy rule.
 
-``oracle`` is the whole thing in float64. ``dense`` is the careful computation that a PyTorch user
-would write in the inputs' own dtype: the matrix product in that dtype, bias, soft cap, softmax and
-loss in float32 (float64 for float64), gradients by autograd. Nothing of the engine is used.
+``ORACLE`` is the whole thing in float64; float64 inputs are judged by extended.py. ``dense`` is the
+careful computation that a PyTorch user would write in the inputs' own dtype: the matrix product in
+that dtype, bias, soft cap, softmax and loss in float32 (float64 for float64), gradients by
+autograd. Nothing of the engine is used.
 """
 
 from __future__ import annotations
@@ -21,14 +22,10 @@ VALUES, GRADIENTS = 2, 3
 
 @dataclass
 class Dense:
-    """A dense LM head: leaves in ``product`` dtype, everything after the product in ``working``.
-
-    ``backwards`` sums over features and vocabulary in the opposite order.
-    """
+    """A dense LM head: leaves in ``product`` dtype, everything after the product in ``working``."""
 
     product: torch.dtype
     working: torch.dtype
-    backwards: bool = False
 
     def logits(
         self,
@@ -41,12 +38,7 @@ class Dense:
         vocab_size: int | None = None,
     ) -> Tensor:
         """Logits [N, V] in the working dtype."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.backwards:
-            raw = (rows.flip(-1) @ weight.flip(0, 1).T).flip(-1)
-        else:
-            raw = rows @ weight.T
-        z = raw.to(self.working)
+        z = (hidden.reshape(-1, hidden.shape[-1]) @ weight.T).to(self.working)
         if bias is not None:
             z = z + bias.to(self.working)
         z = z * logit_scale
@@ -65,14 +57,8 @@ ORACLE = Dense(torch.float64, torch.float64)
 
 
 def dense(dtype: torch.dtype) -> Dense:
-    """The careful computation in ``dtype``.
-
-    In float64 it would be the oracle itself and its error 0. Summed the other way round, it shows
-    what a float64 computation is off by.
-    """
-    if dtype == torch.float64:
-        return Dense(dtype, dtype, backwards=True)
-    return Dense(dtype, torch.float32)
+    """The careful computation in ``dtype``."""
+    return Dense(dtype, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 # --- formulas over logits [N, V], per token ---
@@ -201,14 +187,45 @@ class OneHead:
 # --- the accuracy rule ---
 
 
-def _error(found: Tensor, reference: Tensor, finite: Tensor) -> float:
-    difference = (found.double() - reference).where(finite, 0.0)
+#: A tensor, or its (high, low) parts.
+Oracle = Tensor | tuple[Tensor, Tensor]
+
+
+def _error(found: Tensor, reference: Tensor, low: Tensor, finite: Tensor) -> float:
+    difference = (found.double() - reference - low).where(finite, 0.0)
     return float(difference.nan_to_num(0.0, 0.0, 0.0).norm())
+
+
+def parts_of(oracle: Oracle, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An oracle as (high, low) parts of the given shape."""
+    high, low = oracle if isinstance(oracle, tuple) else (oracle, torch.zeros_like(oracle))
+    return high.detach().double().reshape(shape), low.detach().double().reshape(shape)
+
+
+def assert_sum_accurate(
+    ours: Tensor, oracle: Oracle, careful: Tensor, *, dtype: torch.dtype
+) -> None:
+    """The rule for a sum, given the summands of the oracle and of the careful computation.
+
+    The error of one number may be 0 by luck. What a sum of such summands is off by is the norm of
+    their errors.
+    """
+    high, low = parts_of(oracle, careful.shape)
+    finite = high.isfinite()
+    if not finite.all():
+        assert float(ours) == float(high.sum()), "another infinity than the oracle"
+        return
+    error = abs(float(ours.double() - high.sum() - low.sum()))
+    dense_error = _error(careful, high, low, finite)
+    floor = torch.finfo(dtype).eps * abs(float(high.sum()))
+    assert error <= VALUES * max(dense_error, floor), (
+        f"sum: error {error:.3g} over {VALUES} max(dense {dense_error:.3g}, eps |ref| {floor:.3g})"
+    )
 
 
 def assert_accurate(
     ours: Tensor,
-    oracle: Tensor,
+    oracle: Oracle,
     careful: Tensor,
     *,
     k: int,
@@ -218,33 +235,38 @@ def assert_accurate(
     """error(ours) <= k * max(error(careful), eps(dtype) * |oracle|), errors against the oracle.
 
     By norm, over the entries where the oracle is finite; where it is not, ours must be the same
-    infinity. ``dtype`` is the inputs'.
+    infinity. ``dtype`` is the inputs'. An oracle may come as its (high, low) parts.
     """
-    oracle, ours, careful = oracle.detach().double(), ours.detach().double(), careful.detach()
-    assert ours.shape == oracle.shape, f"{what}: shape {ours.shape}, expected {oracle.shape}"
-    finite = oracle.isfinite()
+    high, low = parts_of(oracle, ours.shape)
+    ours, careful = ours.detach().double(), careful.detach()
+    finite = high.isfinite()
     assert torch.equal(ours.isfinite(), finite), f"{what}: finite in other places than the oracle"
-    assert torch.equal(ours[~finite], oracle[~finite]), f"{what}: other infinities than the oracle"
-    error = _error(ours, oracle, finite)
-    floor = torch.finfo(dtype).eps * float(oracle.where(finite, 0.0).norm())
-    bound = k * max(_error(careful, oracle, finite), floor)
-    assert error <= bound, (
-        f"{what}: error {error:.3g} over the bound {bound:.3g} = {k} max(dense "
-        f"{_error(careful, oracle, finite):.3g}, eps |ref| {floor:.3g})"
+    assert torch.equal(ours[~finite], high[~finite]), f"{what}: other infinities than the oracle"
+    error = _error(ours, high, low, finite)
+    dense_error = _error(careful, high, low, finite)
+    floor = torch.finfo(dtype).eps * float(high.where(finite, 0.0).norm())
+    assert error <= k * max(dense_error, floor), (
+        f"{what}: error {error:.3g} over {k} max(dense {dense_error:.3g}, eps |ref| {floor:.3g})"
     )
 
 
 def assert_all_accurate(
     ours: Sequence[Tensor],
-    oracle: Sequence[Tensor],
+    oracle: Sequence[Oracle],
     careful: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """The rule for [values, gradients...]; gradients also come in their parameter's dtype."""
+    """The rule for [values, gradients...]; gradients also come in their parameter's dtype.
+
+    A 0-d value is the sum of the oracle's values.
+    """
     assert len(ours) == len(oracle) == len(careful)
     names = ["value", "d_hidden", "d_weight", "d_bias"]
     for i, (a, b, c) in enumerate(zip(ours, oracle, careful, strict=True)):
         if i:
             assert a.dtype == dtype, f"{names[i]}: dtype {a.dtype}, expected {dtype}"
+        if a.dim() == 0:
+            assert_sum_accurate(a, b, c, dtype=dtype)
+            continue
         k = GRADIENTS if i else VALUES
-        assert_accurate(a, b.reshape(a.shape), c.reshape(a.shape), k=k, dtype=dtype, what=names[i])
+        assert_accurate(a, b, c.reshape(a.shape), k=k, dtype=dtype, what=names[i])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from extended import Terms, exact
 from oracles import ORACLE, OneHead, dense
 from torch import Tensor
 
@@ -237,7 +238,16 @@ def upstream(outputs: int, tokens: int) -> Tensor:
 
 
 def expected(
-    x: OneHead, values: Callable[[Tensor, Tensor], Tensor], grad: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """[values, gradients...] of the oracle and of the careful computation."""
-    return x.compute(ORACLE, values, grad), x.compute(dense(x.dtype), values, grad)
+    x: OneHead, values: Callable[[Tensor, Tensor], Tensor], terms: Terms, grad: Tensor
+) -> tuple[list[Any], list[Tensor]]:
+    """[values, gradients...] of the oracle and of the careful computation.
+
+    Args:
+        values: the op over logits and labels of the rows that count.
+        terms: the same for extended precision.
+        grad: gradient of the values, [outputs, N].
+    """
+    careful = x.compute(dense(x.dtype), values, grad)
+    if x.dtype == torch.float64:
+        return exact(x, terms, grad), careful
+    return x.compute(ORACLE, values, grad), careful
