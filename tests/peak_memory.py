@@ -1,6 +1,7 @@
 """One forward and backward in a fresh process: peak resident memory beyond inputs and gradients.
 
-Run as ``python peak_memory.py '{"op": "cross_entropy", ...}'``; prints bytes.
+Run as ``python peak_memory.py '{"op": "cross_entropy", ...}'``; prints bytes. ``earlier`` lists the
+workspace limits of steps to take before the one that is measured.
 """
 
 from __future__ import annotations
@@ -26,27 +27,29 @@ def resident(key: str) -> int:
 
 
 def step(op: str, dtype: str, plan: str | None, limit: int | None, n: int, h: int, v: int) -> int:
-    """Peak beyond the inputs and one copy of each gradient, in bytes."""
+    """Highest resident memory less the inputs and one copy of each gradient, in bytes."""
     kind = getattr(torch, dtype)
     hidden = torch.randn(n, h, dtype=kind).requires_grad_()
     weight = torch.randn(v, h, dtype=kind).mul_(0.05).requires_grad_()
     labels = torch.randint(v, (n,))
     CLEAR.write_text("5")
-    before = resident("VmRSS")
     with contextlib.nullcontext() if limit is None else pk.workspace_limit(limit):
         if op == "cross_entropy":
             loss = pk.linear_cross_entropy(hidden, weight, labels, plan=plan)
         else:
             loss = pk.linear_logprob(hidden, weight, labels, plan=plan).sum()
         loss.backward()
-    gradients = sum(x.grad.nbytes for x in (hidden, weight))
-    return resident("VmHWM") - before - gradients
+    return resident("VmHWM") - sum(x.nbytes + x.grad.nbytes for x in (hidden, weight))
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(2)
     case = json.loads(sys.argv[1])
+    earlier = case.pop("earlier", [])
     # Libraries, thread pools and packing buffers of the same products are there before we measure.
     step(**{**case, "n": 64, "v": 1024})
-    print(step(**case))
+    before = resident("VmRSS")
+    for smaller in earlier:
+        step(**{**case, "limit": smaller})
+    print(step(**case) - before)
