@@ -58,6 +58,17 @@ class BuildNative(build_ext):
             reason.write_text(text + "\n", encoding="utf-8")
             print(f"pad_kernels: {text}; installing without it", file=sys.stderr)
 
+    def copy_extensions_to_source(self) -> None:
+        """An editable install reads the source tree: the reason goes there, as the module would."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, *ext.name.split(".")).with_name(REASON_FILE)
+            package = self.get_finalized_command("build_py").get_package_dir("pad_kernels")
+            note = Path(package) / REASON_FILE
+            note.unlink(missing_ok=True)
+            if built.exists():
+                note.write_text(built.read_text(encoding="utf-8"), encoding="utf-8")
+
     def _build(self, ext: Extension) -> None:
         import pybind11
 
