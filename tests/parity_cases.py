@@ -112,6 +112,14 @@ def _integers() -> OneHead:
     return x
 
 
+def _confident(**options: Any) -> OneHead:
+    """Labels that have nearly all of the probability: log-probs are 0, not the rest of a sum."""
+    x = _head(24, 123, 507, bias=True, spread=40.0, **options)
+    z = ORACLE.logits(x.hidden, x.weight, x.bias, **options)
+    x.labels = torch.where(x.labels < 0, x.labels, z.argmax(-1))
+    return x
+
+
 CASES: dict[str, Callable[[], OneHead]] = {
     "plain": lambda: _head(24, 123, 507),
     "bias": lambda: _head(24, 123, 507, bias=True),
@@ -133,6 +141,9 @@ CASES: dict[str, Callable[[], OneHead]] = {
     "label_without_probability": _label_without_probability,
     "huge_logits": lambda: _head(24, 123, 507, spread=3e3),
     "ties": _integers,
+    "confident": _confident,
+    "confident_scaled": lambda: _confident(logit_scale=1.3, temperature=0.7),
+    "confident_capped": lambda: _confident(softcap=200.0, temperature=0.3),
     "vocab_size_one": lambda: _head(24, 123, 507, bias=True, vocab_size=1),
 }
 

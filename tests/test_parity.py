@@ -199,7 +199,7 @@ def _loss_reference(name: str, dtype: torch.dtype, loss: str) -> Any:
 
 def _scale(name: str) -> float:
     """What the loss is multiplied by; float16 gradients must not overflow."""
-    return {"huge_logits": 2e-4, "cold": 0.1}.get(name, 2.5)
+    return 0.02 if "confident" in name else {"huge_logits": 2e-4, "cold": 0.1}.get(name, 2.5)
 
 
 @every_case

@@ -28,7 +28,10 @@ def _entropy(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) 
 
 
 def _logsumexp(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    return torch.logsumexp(logits[0], -1).unsqueeze(0)
+    # torch.logsumexp's derivative exp(z - lse) loses digits where the logits are large.
+    shift = logits[0].detach().amax(-1, keepdim=True).clamp(min=-1e300)
+    shifted = (logits[0] - shift).exp().sum(-1).log()
+    return (shift.squeeze(-1) + shifted).unsqueeze(0)
 
 
 def _squared_logsumexp(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
