@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+OUT ?= benchmarks/results
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,7 +31,7 @@ coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of t
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95 $(ARGS)
 
 bench: $(STAMPS)/bench $(STAMPS)/peers ## measure against the GEMM floor and the peers; table, JSON, plots
-	$(BIN)/pad-kernels bench $(ARGS)
+	$(BIN)/pad-kernels bench --out $(OUT) $(ARGS)
 
 lint: $(STAMPS)/dev ## ruff, ruff format, mypy, clang-format
 	$(BIN)/ruff check .
@@ -44,8 +45,8 @@ format: $(STAMPS)/dev ## let ruff and clang-format rewrite what they can
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 clean: ## remove the environment, the built extension and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
-	rm -f pad_kernels/_C*.so
+	rm -rf $(VENV) build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -f pad_kernels/_C*.so pad_kernels/_native_build.txt
 
 $(BIN)/python:
 	@echo "== virtual environment in $(VENV)"

@@ -1,8 +1,8 @@
 """Peak memory of a step, in a process of its own.
 
 The figure is what two steps in a row need beyond their inputs and one copy of the gradients. A step
-before them warms the libraries up: a tiny one, so that workspaces of the real shape are still to come, except where
-an implementation compiles for its shape, which has to happen before.
+before them warms the libraries up: a tiny one, so that workspaces of the real shape are still to
+come, except where an implementation compiles for its shape, which has to happen before.
 """
 
 from __future__ import annotations

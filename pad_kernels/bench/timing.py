@@ -14,8 +14,7 @@ from torch import Tensor
 from pad_kernels.bench.cases import Case, Inputs
 
 # So that a run stays short: what takes over SLOW times the floor is timed in SLOW_ROUNDS rounds,
-# and over HOPELESS times the floor, if that is seconds, only once, in the step that the accuracy
-# gate looks at.
+# and over HOPELESS times the floor, if that is seconds, in one step.
 SLOW, SLOW_ROUNDS = 2.5, 2
 HOPELESS, SECONDS = 5.0, 1.0
 
