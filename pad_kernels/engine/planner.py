@@ -69,8 +69,7 @@ def _ladder(total: int, step: int, whole: bool) -> Iterator[int]:
     blocks, last = (1.0 if whole or total <= step else 2.0), 0
     while True:
         size = -(-total // int(blocks))
-        if total > step:
-            size = -(-size // step) * step
+        size = min(-(-size // step) * step, total)
         if size != last:
             yield max(size, 1)
             last = size
