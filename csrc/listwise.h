@@ -288,7 +288,8 @@ PAD_HD T jsd_group(const T* s, const T* t, int n, JsdSpace<T>* space, bool relea
   subset_lse(s, n, space->lse_s);
   subset_lse(t, n, space->lse_t);
   for (uint32_t set = 0; set <= full; ++set) space->visits[set] = T(0);
-  Half<T>&first = space->first, &last = space->last;
+  Half<T>& first = space->first;
+  Half<T>& last = space->last;
   T loss = T(0);
   for (uint32_t set = 1; set <= full; ++set) {
     if (count_bits(set) != n / 2) continue;

@@ -688,6 +688,23 @@ def test_bad_arguments(change, error, match):
             function(**{**good(), **change})
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_where_checking_would_wait_bad_rewards_become_nan(monkeypatch, which):
+    """What happens on a GPU, whose values the host does not see."""
+    from pad_kernels.sequence import listwise_op
+
+    monkeypatch.setattr(listwise_op, "_CHECKED_DEVICES", ())
+    pair = [rewards(3, 4), rewards(3, 4)]
+    pair[which][1, 2] = math.nan
+    for kind in KINDS:
+        value, grad = value_and_grad(
+            lambda x, k=kind: listwise_preference_loss(x, pair[1], kind=k, reduction="none"),
+            pair[0],
+        )
+        assert value.isnan().tolist() == [False, True, False]
+        assert grad.isnan().all(1).tolist() == [False, True, False]
+
+
 def test_twenty_responses_in_subsets_or_sampled_are_fine():
     s, t = torch.zeros(2, 20), torch.zeros(2, 20)
     assert listwise_preference_loss(s, t, subset_size=5).item() == pytest.approx(0, abs=1e-7)

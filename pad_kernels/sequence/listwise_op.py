@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.registry import native, native_error
 from pad_kernels.engine.workspace import Workspace
@@ -21,6 +23,9 @@ from pad_kernels.sequence import listwise_sampling, listwise_torch
 
 #: Kinds that csrc/listwise.h has; the others are a few vectorised torch operations.
 _NATIVE_KINDS = ("kl", "reverse_kl", "jsd", "jsd_released")
+
+#: Where rewards are looked at before work starts; elsewhere bad ones make the group's loss NaN.
+_CHECKED_DEVICES = ("cpu",)
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
@@ -102,15 +107,20 @@ def _solve_rows(
     return loss, error, grad
 
 
-def _check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> None:
+def _check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Raise for rewards that are NaN or infinite, or return which groups have some.
+
+    The latter where looking at them would have to wait for the device.
+    """
     bad = ~rewards.isfinite()
     if valid is not None:
         bad &= valid
+    if rewards.device.type not in _CHECKED_DEVICES:
+        return bad.any(1)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: expected finite numbers, got {rewards[tuple(where)].item()} at {where}"
-        )
+        fail_value(name, "finite numbers", f"{rewards[tuple(where)].item()} at {where}")
+    return None
 
 
 def _subsets(x: Tensor, size: int, fill: float | bool) -> Tensor:
@@ -134,8 +144,8 @@ def listwise_preference(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [groups], its standard error [groups] and its gradient [groups, n]."""
-    _check_finite("student_rewards", student, valid)
-    _check_finite("teacher_rewards", teacher, valid)
+    bad = _check_finite("student_rewards", student, valid)
+    bad_teacher = _check_finite("teacher_rewards", teacher, valid)
     groups, n = student.shape
     present = valid
     if present is None and n % subset_size:
@@ -164,6 +174,9 @@ def listwise_preference(
     loss = loss.clamp(min=0.0).view(parts).sum(1) / per_group
     error = error.square().view(parts).sum(1).sqrt() / per_group
     grad = grad.view(groups, parts[1] * subset_size)[:, :n] * (beta / per_group[:, None])
+    if bad is not None and bad_teacher is not None:
+        loss = loss.masked_fill(bad | bad_teacher, math.nan)
+        grad = grad.masked_fill((bad | bad_teacher)[:, None], math.nan)
     dtype = accumulate_dtype(student.dtype)
     kept = grad.to(dtype) if with_gradient else grad.new_empty((0, n), dtype=dtype)
     return loss.to(dtype), error.to(dtype), kept.contiguous()

@@ -222,7 +222,7 @@ def listwise_preference_loss(
             does not count in the mean.
         subset_size: the decomposed loss: responses are split, in the order given, into consecutive
             subsets of this size, and the losses of the subsets (those with at least two valid
-            responses) are averaged. The paper splits evenly; a last subset that is smaller is
+            responses) are averaged. The paper speaks of subsets of one size; a smaller last one is
             allowed here as long as two responses are left for it. The limits on n then hold for
             the subset size. Shuffle the responses beforehand if their order means something.
         samples: for ``jsd`` and ``jsd_released``: estimate from this many rankings (at least 4),
