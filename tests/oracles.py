@@ -8,6 +8,7 @@ autograd. Nothing of the engine is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,7 +100,7 @@ def cross_entropy(
 def jensen_shannon(zs: Tensor, zt: Tensor, alpha: float) -> Tensor:
     """alpha KL(t||m) + (1 - alpha) KL(s||m) with m = alpha t + (1 - alpha) s."""
     s, t = F.log_softmax(zs, -1), F.log_softmax(zt, -1)
-    both = torch.stack((t + torch.tensor(alpha).log(), s + torch.tensor(1 - alpha).log()))
+    both = torch.stack((t + math.log(alpha), s + math.log(1 - alpha)))
     m = torch.logsumexp(both.masked_fill(both == -torch.inf, -1e30), 0)
     return alpha * expectation(t, t - m) + (1 - alpha) * expectation(s, s - m)
 

@@ -268,9 +268,10 @@ class Largest(Statistic):
     def merge(self, a: RowStats, b: RowStats, merged: RowStats) -> Tensor:
         values = torch.cat((a[self][: self.k], b[self][: self.k]))
         ids = torch.cat((a[self][self.k :], b[self][self.k :]))
-        # Real entries before unused places, then by value, then by id: three stable sorts.
-        for key, descending in ((ids, False), (values, True), ((ids < 0).to(ids.dtype), False)):
-            order = key.sort(dim=0, descending=descending, stable=True).indices
+        # Real entries before unused places, then by value, then by id: three stable sorts, the
+        # least important first, each of what the one before left.
+        for key in (lambda v, i: i, lambda v, i: -v, lambda v, i: (i < 0).to(i.dtype)):
+            order = key(values, ids).sort(dim=0, stable=True).indices
             values, ids = values.gather(0, order), ids.gather(0, order)
         return torch.cat((values[: self.k], ids[: self.k]))
 

@@ -1,0 +1,307 @@
+"""Every functional of the registry, through the engine: values, gradients, mixtures, sweeps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from oracles import FORMULAS, GRADIENTS, ORACLE, VALUES, Dense, assert_accurate, dense
+from torch import Tensor
+
+import pad_kernels as pk
+from pad_kernels.backends.reference import ORACLES
+from pad_kernels.engine.call import Call
+from pad_kernels.engine.workspace import account
+from pad_kernels.functionals import (
+    REGISTRY,
+    Entropy,
+    Functional,
+    JensenShannon,
+    LogitSum,
+    LogProb,
+    LogSumExp,
+    SquaredLogSumExp,
+    TopKForwardKL,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 17, 333, 24, 31
+
+#: One example of each functional at least; the registry decides whether that is all of them.
+EXAMPLES: list[Functional] = [
+    LogProb(),
+    LogProb("candidates"),
+    Entropy(),
+    LogSumExp(),
+    SquaredLogSumExp(),
+    LogitSum(),
+    JensenShannon(),
+    JensenShannon(0.1),
+    TopKForwardKL(),
+]
+every_functional = pytest.mark.parametrize("functional", EXAMPLES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+ROUTES = [
+    pk.PlanRequest(schedule, backend, token_block=5, vocab_block=71, kept_rows=kept)
+    for backend in ("torch_blocked", "cpp")
+    for schedule, kept in (("early", None), ("late", None), ("kept", TOKENS), ("kept", 6))
+]
+ROUTES += [pk.PlanRequest(None, "torch_blocked"), pk.PlanRequest(None, "reference")]
+
+
+def _name(plan: pk.PlanRequest) -> str:
+    return f"{plan.backend}-{plan.schedule}{plan.kept_rows or ''}"
+
+
+every_route = pytest.mark.parametrize("plan", ROUTES, ids=_name)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "poison", True)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A student, a teacher and per-row inputs; a few rows are ignored."""
+
+    student: pk.Head
+    teacher: pk.Head
+    inputs: dict[str, Tensor]
+
+    def call(self, functionals: Sequence[Functional], plan: Any) -> tuple[list[Tensor], Call]:
+        """Fresh leaves (hidden, weight, bias) and the call that uses them."""
+        _skip_if_refused(functionals, plan)
+        s = self.student
+        leaves = [x.detach().clone().requires_grad_() for x in (s.hidden, s.weight, s.bias)]
+        student = replace(s, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
+        streams = max(f.streams for f in functionals)
+        return leaves, Call(
+            student, [self.teacher][: streams - 1], dict(self.inputs), ignore_index=-100, plan=plan
+        )
+
+    def compute(self, how: Dense, functionals: Sequence[Functional], grad: Tensor) -> list[Tensor]:
+        """[values, gradients...] of a dense computation."""
+        s, t = self.student, self.teacher
+        leaves = [how.leaf(x) for x in (s.hidden, s.weight, s.bias)]
+        teacher = [how.leaf(x, grad=False) for x in (t.hidden, t.weight, t.bias)]
+        z = [
+            how.logits(*leaves, s.softcap, s.logit_scale, s.temperature, s.vocab_size),
+            how.logits(*teacher, t.softcap, t.logit_scale, t.temperature, t.vocab_size),
+        ]
+        ignored = self.inputs["labels"][:, 0] == -100
+        inputs = {n: x.masked_fill(ignored[:, None], 0) for n, x in self.inputs.items()}
+        values = torch.cat([FORMULAS[type(f).__name__](f, z, inputs) for f in functionals])
+        values = torch.where(ignored, 0.0, values)
+        return [values.detach(), *torch.autograd.grad(values, leaves, grad.to(values.dtype))]
+
+
+def _skip_if_refused(functionals: Sequence[Functional], plan: Any) -> None:
+    if not isinstance(plan, pk.PlanRequest) or plan.backend != "cpp":
+        return
+    if pk.available_backends()["cpp"] != "available":
+        pytest.skip("the extension is not built")
+    if any(isinstance(f, JensenShannon | TopKForwardKL) for f in functionals):
+        pytest.skip("no C++ for this functional")
+
+
+@functools.cache
+def setup(dtype: torch.dtype, softcap: float | None = 5.0, alike: bool = False) -> Setup:
+    """Inputs in ``dtype``; with ``alike`` the teacher is the student."""
+    torch.manual_seed(11)
+
+    def head(width: int, **options: Any) -> pk.Head:
+        hidden = torch.randn(TOKENS, width, dtype=torch.float64) * 2
+        weight = torch.randn(VOCAB + 9, width, dtype=torch.float64) / width**0.5
+        bias = torch.randn(VOCAB + 9, dtype=torch.float64)
+        return pk.Head(
+            hidden.to(dtype), weight.to(dtype), bias.to(dtype), vocab_size=VOCAB, **options
+        )
+
+    student = head(HIDDEN, softcap=softcap, logit_scale=1.2, temperature=0.8)
+    teacher = student if alike else head(TEACHER_HIDDEN, softcap=9.0, temperature=1.3)
+    labels = torch.randint(VOCAB, (TOKENS, 1))
+    labels[::6] = -100
+    ids = torch.stack([torch.randperm(VOCAB)[:7] for _ in range(TOKENS)])
+    kept = (torch.randn(TOKENS, 7) * 2).log_softmax(-1) + torch.rand(TOKENS, 1).log()
+    candidates = torch.randint(VOCAB, (TOKENS, 4))
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {
+        "labels": labels,
+        "candidates": candidates,
+        "teacher_ids": ids,
+        "teacher_logprobs": kept.to(working),
+    }
+    return Setup(student, teacher, inputs)
+
+
+def _outputs(functionals: Sequence[Functional], inputs: dict[str, Tensor]) -> int:
+    return sum(f.outputs(inputs) for f in functionals)
+
+
+def _upstream(outputs: int) -> Tensor:
+    torch.manual_seed(outputs)
+    return torch.randn(outputs, TOKENS, dtype=torch.float64)
+
+
+@functools.cache
+def _reference(
+    functionals: tuple[Functional, ...], dtype: torch.dtype, softcap: float | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    case = setup(dtype, softcap)
+    grad = _upstream(_outputs(functionals, case.inputs))
+    found = case.compute(ORACLE, functionals, grad)
+    return grad, found, case.compute(dense(dtype), functionals, grad)
+
+
+def _rule(ours: Tensor, oracle: Tensor, careful: Tensor, dtype: torch.dtype, k: int) -> None:
+    if dtype == torch.float64:
+        # Float64 cannot judge itself by the rule; a formula that is wrong is wrong by more.
+        torch.testing.assert_close(ours, oracle, rtol=1e-11, atol=1e-12 * float(oracle.abs().max()))
+    else:
+        assert_accurate(ours, oracle, careful, k=k, dtype=dtype)
+
+
+def check_tokens(
+    functionals: tuple[Functional, ...], dtype: torch.dtype, plan: Any, softcap: float | None = 5.0
+) -> None:
+    case = setup(dtype, softcap)
+    grad, oracle, careful = _reference(functionals, dtype, softcap)
+    leaves, call = case.call(functionals, plan)
+    values, _ = call.tokens(functionals)
+    gradients = torch.autograd.grad((values * grad).sum(), leaves)
+    _rule(values.detach(), oracle[0], careful[0], dtype, VALUES)
+    for gradient, a, b in zip(gradients, oracle[1:], careful[1:], strict=True):
+        _rule(gradient, a.to(gradient.dtype) if dtype == torch.float64 else a, b, dtype, GRADIENTS)
+
+
+def check_total(
+    functionals: tuple[Functional, ...], dtype: torch.dtype, plan: Any, softcap: float | None = 5.0
+) -> None:
+    case = setup(dtype, softcap)
+    grad, oracle, careful = _reference(functionals, dtype, softcap)
+    leaves, call = case.call(functionals, plan)
+    total = call.total(functionals, grad.to(call.accumulate))
+    gradients = torch.autograd.grad(total, leaves)
+    # A sum of N numbers of both signs is off by eps times the sum of their sizes.
+    summands, errors = oracle[0] * grad, (careful[0] - oracle[0]) * grad
+    eps = 1e-12 if dtype == torch.float64 else torch.finfo(torch.float32).eps
+    floor = eps * float(summands.abs().sum())
+    assert abs(float(total) - float(summands.sum())) <= VALUES * max(float(errors.norm()), floor)
+    for gradient, a, b in zip(gradients, oracle[1:], careful[1:], strict=True):
+        _rule(gradient, a.to(gradient.dtype) if dtype == torch.float64 else a, b, dtype, GRADIENTS)
+
+
+def test_every_functional_has_an_oracle_and_an_example() -> None:
+    assert set(ORACLES) == set(REGISTRY) == set(FORMULAS)
+    assert {type(f).__name__ for f in EXAMPLES} == set(REGISTRY)
+
+
+@every_functional
+@every_dtype
+@pytest.mark.parametrize("plan", [r for r in ROUTES if r.schedule != "early"], ids=_name)
+def test_tokens(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
+    check_tokens((functional,), dtype, plan)
+
+
+@every_functional
+@every_dtype
+@every_route
+def test_total(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
+    check_total((functional,), dtype, plan)
+
+
+#: Label smoothing (a global V, the chain factor of a soft cap), and one of everything.
+SMOOTHING = (LogSumExp(), LogitSum(), LogProb())
+MIXTURES = {
+    "smoothing": SMOOTHING,
+    "one_stream": (*SMOOTHING, Entropy(), SquaredLogSumExp(), LogProb("candidates")),
+    "everything": tuple(EXAMPLES),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@every_dtype
+@every_route
+def test_mixture(mixture: str, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
+    """Several functionals in one pass are the same as each by itself, whatever the soft cap."""
+    functionals = MIXTURES[mixture]
+    for softcap in (5.0, None):
+        if plan.schedule != "early":
+            check_tokens(functionals, dtype, plan, softcap)
+        check_total(functionals, dtype, plan, softcap)
+
+
+@every_functional
+@pytest.mark.parametrize("plan", ["late:torch_blocked", "kept:torch_blocked", "late:cpp"])
+def test_gradcheck(functional: Functional, plan: str) -> None:
+    _skip_if_refused([functional], pk.PlanRequest(*plan.split(":")))
+    case = _small()
+
+    def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        student = replace(case.student, hidden=hidden, weight=weight, bias=bias)
+        inputs = dict(case.inputs)
+        call = Call(student, [case.teacher][: functional.streams - 1], inputs, -100, plan)
+        return call.tokens([functional])[0]
+
+    s = case.student
+    leaves = [x.detach().clone().requires_grad_() for x in (s.hidden, s.weight, s.bias)]
+    assert torch.autograd.gradcheck(values, leaves, fast_mode=False)
+
+
+@functools.cache
+def _small() -> Setup:
+    torch.manual_seed(3)
+    double = torch.float64
+
+    def head(width: int) -> pk.Head:
+        return pk.Head(
+            torch.randn(3, width, dtype=double),
+            torch.randn(11, width, dtype=double),
+            torch.randn(11, dtype=double),
+            softcap=3.0,
+            logit_scale=-0.7,
+            temperature=0.9,
+            vocab_size=9,
+        )
+
+    labels = torch.tensor([[4], [-100], [8]])
+    inputs = {
+        "labels": labels,
+        "candidates": torch.tensor([[1, 1], [0, 3], [5, 8]]),
+        "teacher_ids": torch.tensor([[0, 5], [1, 2], [8, 3]]),
+        "teacher_logprobs": torch.tensor([[0.5, 0.2], [0.1, 0.1], [0.7, 0.3]], dtype=double).log(),
+    }
+    return Setup(head(4), head(5), inputs)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.1, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_that_is_its_teacher_has_no_divergence(alpha: float, dtype: torch.dtype) -> None:
+    case = setup(dtype, alike=True)
+    for plan in ("late:torch_blocked", "kept:torch_blocked"):
+        leaves, call = case.call([JensenShannon(alpha)], plan)
+        values, _ = call.tokens([JensenShannon(alpha)])
+        assert float(values.detach().abs().max()) < 1e-6 and float(values.detach().min()) >= -1e-7
+        for gradient in torch.autograd.grad(values.sum(), leaves):
+            assert float(gradient.abs().max()) < 1e-5
+
+
+def test_a_teacher_whose_mass_is_all_kept_has_an_empty_tail() -> None:
+    case = setup(torch.float32)
+    logprobs = case.inputs["teacher_logprobs"]
+    full = logprobs.log_softmax(-1) + 1e-6  # rounding may push the sum above 1
+    whole = replace(case, inputs={**case.inputs, "teacher_logprobs": full})
+    leaves, call = whole.call([TopKForwardKL()], "late:torch_blocked")
+    values, _ = call.tokens([TopKForwardKL()])
+    oracle = whole.compute(ORACLE, [TopKForwardKL()], torch.ones(1, TOKENS, dtype=torch.float64))
+    torch.testing.assert_close(values.detach().double(), oracle[0], rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(
+        torch.autograd.grad(values.sum(), leaves), oracle[1:], strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
