@@ -22,7 +22,7 @@ from pad_kernels.engine.gradients import GradientBuffers
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem, build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
-from pad_kernels.engine.workspace import Workspace, account, empty
+from pad_kernels.engine.workspace import account, empty
 from pad_kernels.functionals.statistics import Argmax
 
 OptionalTensor = Tensor | None
@@ -54,7 +54,7 @@ def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
 
 def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens [N] (or nothing) and packed statistics [numbers, N]."""
-    with Workspace(problem.device, problem.limit) as workspace:
+    with problem.workspace(plan) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
         stats = schedule.measure_rows(run, kept if kept.numel() else None)
         values = schedule.values_of(problem, stats)
@@ -76,7 +76,7 @@ def _backward(
     upstream = grad.to(problem.accumulate)
     if problem.live is not None:
         upstream = upstream.index_select(1, problem.live)
-    with Workspace(problem.device, problem.limit) as workspace:
+    with problem.workspace(plan) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=False)
         held = kept if kept.numel() else None
@@ -276,17 +276,18 @@ def _weighted(values: Tensor, coefficients: Tensor) -> Tensor:
 def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
     live = problem.live
     weights = coefficients if live is None else coefficients.index_select(1, live)
-    with Workspace(problem.device, problem.limit) as workspace:
-        buffers = GradientBuffers(problem, plan, workspace, early=True)
-        if plan.gradient_over == "tokens":
+    stats = None
+    if plan.gradient_over == "vocabulary":
+        with problem.workspace(plan) as workspace:
             run = schedule.Pass.start(problem, plan, workspace)
+            stats = schedule.measure_rows(run, None)
+    with problem.workspace(plan) as workspace:
+        buffers = GradientBuffers(problem, plan, workspace, early=True)
+        run = schedule.Pass.start(problem, plan, workspace)
+        if stats is None:
             values = schedule.differentiate_tokens(run, weights, buffers)
         else:
-            with Workspace(problem.device, problem.limit) as first:
-                run = schedule.Pass.start(problem, plan, first)
-                stats = schedule.measure_rows(run, None)
             values = schedule.values_of(problem, stats)
-            run = schedule.Pass.start(problem, plan, workspace)
             schedule.differentiate_vocabulary(run, weights, stats, None, buffers)
         *gradients, factors = buffers.finish()
     return _sum_outputs(_weighted(values, weights), gradients, factors)

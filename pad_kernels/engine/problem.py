@@ -75,12 +75,12 @@ class Problem:
         """Where everything lies."""
         return self.weight.device
 
-    @property
-    def limit(self) -> int:
-        """Bytes of workspace that were allowed."""
-        device = self.device
-        default = default_budget(device.type, _device_bytes(device))
-        return self.recipe.request.budget or default
+    def workspace(self, plan: Plan) -> Workspace:
+        """The workspace of one pass of the plan; kept logits are not part of it."""
+        kept = len(self.streams) * plan.kept_rows * self.recipe.vocab * self.recipe.gemm.itemsize
+        default = default_budget(self.device.type, _device_bytes(self.device))
+        limit = self.recipe.request.budget or default
+        return Workspace(self.device, plan.workspace_bytes - kept, limit - kept)
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -13,7 +13,6 @@ from pad_kernels.backends.base import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.problem import build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
-from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.statistics import Largest
 
 
@@ -33,7 +32,7 @@ def topk(
     with torch.autocast(hidden.device.type, enabled=False):
         plan = op_plan(todo, hidden, weight, teachers, reduced=False)
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
-        with Workspace(problem.device, problem.limit) as workspace:
+        with problem.workspace(plan) as workspace:
             stats = schedule.measure_rows(schedule.Pass.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
         logprobs = (values - stats.maximum()) - stats.total().log()

@@ -75,34 +75,26 @@ class _Slab:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._memory: Tensor | None = None
-        self._wanted = 0
 
-    def acquire(self, limit: int) -> Tensor | None:
-        """The slab, at most ``limit`` bytes; None if it is in use or was never asked for."""
-        if not self._lock.acquire(blocking=False):
+    def acquire(self, wanted: int, limit: int) -> Tensor | None:
+        """At least ``wanted`` and at most ``limit`` bytes; None if another pass has the slab."""
+        if wanted > limit or not self._lock.acquire(blocking=False):
             return None
-        if self._memory is not None and self._memory.nbytes > limit:
-            self._memory = None
-        if self._memory is None and 0 < self._wanted <= limit:
+        if self._memory is None or not wanted <= self._memory.nbytes <= limit:
+            self._memory = None  # before the new one is there
             # Outside inference mode, or no later pass could write to it.
             with torch.inference_mode(False):
-                self._memory = empty((self._wanted // 8,), torch.float64, torch.device("cpu"))
-        if self._memory is None:
-            self._lock.release()
+                self._memory = empty((wanted // 8,), torch.float64, torch.device("cpu"))
         return self._memory
 
     def release(self) -> None:
         """Let the next pass have it."""
         self._lock.release()
 
-    def want(self, nbytes: int) -> None:
-        """A pass took so much in all: next time have that at hand."""
-        if self._memory is None or self._memory.nbytes < nbytes:
-            self._memory, self._wanted = None, -(-nbytes // 8) * 8
-
 
 _slab = _Slab()
 _ALIGNMENT = 128
+_ROOM = 32 * _ALIGNMENT
 
 
 class Workspace:
@@ -110,17 +102,20 @@ class Workspace:
 
     Args:
         device: where the buffers lie.
-        limit: bytes the pass may use; decides what may be kept for the next one.
+        wanted: bytes the pass will need at most; 0 if unknown or too little to keep.
+        limit: bytes it may use: a larger slab is not kept.
     """
 
-    def __init__(self, device: torch.device, limit: int = 0) -> None:
-        self.device, self._limit = device, limit
+    def __init__(self, device: torch.device, wanted: int = 0, limit: int = 0) -> None:
+        # Whole float64 numbers, with room for the alignment of every buffer.
+        self.device, self._wanted = device, -(-(wanted and wanted + _ROOM) // 8) * 8
+        self._limit = max(limit, self._wanted)
         self._bytes = self._offset = 0
         self._slab: Tensor | None = None
 
     def __enter__(self) -> Workspace:
-        if self.device.type == "cpu":
-            self._slab = _slab.acquire(self._limit)
+        if self.device.type == "cpu" and self._wanted:
+            self._slab = _slab.acquire(self._wanted, self._limit)
         return self
 
     def __exit__(
@@ -133,8 +128,6 @@ class Workspace:
         if self._slab is not None:
             self._slab = None
             _slab.release()
-        if self.device.type == "cpu" and self._offset <= self._limit:
-            _slab.want(self._offset)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A buffer that counts until the pass ends."""
