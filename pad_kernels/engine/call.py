@@ -16,6 +16,7 @@ from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 from pad_kernels.heads import Head
+from pad_kernels.sequence.transforms import reject_transforms
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -58,6 +59,10 @@ class Call:
         dtypes = {x.dtype for h in heads for x in (h.hidden, h.weight)}
         if torch.float64 in dtypes and len(dtypes) > 1:
             fail_type("weight", "float64 like the other inputs, or none of them in it", "a mixture")
+        for head, name in zip(heads, names, strict=False):
+            # The ops would take a tensor with a tangent for a constant.
+            for field_name in ("hidden", "weight", "bias"):
+                reject_transforms(name + field_name, getattr(head, field_name))
         student = self.student.hidden.dtype
         mixed = autocast if autocast is not None and student != torch.float64 else student
         self._gemm = gemm_dtype(mixed)
@@ -127,6 +132,7 @@ class Call:
 
     def total(self, functionals: Sequence[Functional], coefficients: Tensor) -> Tensor:
         """sum(coefficients * values), one differentiable number; coefficients [outputs, N]."""
+        reject_transforms("token_weights", coefficients)
         if coefficients.requires_grad and torch.is_grad_enabled():
             values, _ = self.tokens(functionals)
             return weighted(values, coefficients).sum()
