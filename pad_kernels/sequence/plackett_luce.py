@@ -86,24 +86,16 @@ def _seed_tensor(samples: int | None, seed: int | None) -> Tensor | None:
     return torch.tensor(seed, dtype=torch.int64)
 
 
-def _reduce(values: Tensor, counted: Tensor | int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    if isinstance(counted, int):
-        return total / max(1, counted)
-    return total / counted.clamp(min=1)
-
-
 def _counted_groups(valid: Tensor | None, groups: int, size: int) -> Tensor | int:
-    """How many groups have something to rank, that is, two valid responses in one subset."""
+    """How many groups have something to rank, that is, two valid responses in one subset.
+
+    At least 1, so that a mean over no groups is 0.
+    """
     if valid is None:
-        return groups
+        return max(1, groups)
     parts = -(-valid.shape[1] // size)
     padded = torch.nn.functional.pad(valid, (0, parts * size - valid.shape[1]))
-    return (padded.view(groups, parts, size).sum(-1) >= 2).any(-1).sum()
+    return (padded.view(groups, parts, size).sum(-1) >= 2).any(-1).sum().clamp(min=1)
 
 
 def listwise_preference_estimate(
@@ -167,14 +159,11 @@ def listwise_preference_estimate(
         samples or 0,
         torch.is_grad_enabled() and student_rewards.requires_grad,
     )
-    counted = _counted_groups(valid, groups, size)
     if reduction == "none":
         return ListwiseEstimate(loss, error)
     # Groups are sampled independently: their variances add up.
-    total_error = error.square().sum().sqrt()
-    if reduction == "mean":
-        total_error = _reduce(total_error, counted, "mean")
-    return ListwiseEstimate(_reduce(loss, counted, reduction), total_error)
+    divisor = _counted_groups(valid, groups, size) if reduction == "mean" else 1
+    return ListwiseEstimate(loss.sum() / divisor, error.square().sum().sqrt() / divisor)
 
 
 def listwise_preference_loss(
