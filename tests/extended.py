@@ -1,7 +1,8 @@
 """The oracle of float64 inputs: numpy's extended precision, gradients written out by hand.
 
 A float64 dense computation cannot judge a float64 one. What an op computes is told as ``terms``:
-for each output the factors [N] (or numbers) of logprob, lse, lse2 (its square), entropy and sum.
+for each output the factors [N] (or numbers) of logprob, lse, lse2 (its square), entropy and sum, or
+of further log-probs that are named in ``picks``.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ def _real(x: Tensor) -> np.ndarray:
     return x.detach().double().numpy().astype(Real)
 
 
-def exact(x: OneHead, terms: Terms, upstream: Tensor) -> list[Exact]:
-    """[values [outputs, N], d_hidden, d_weight, d_bias]; ``upstream`` is the values' gradient."""
+def exact(
+    x: OneHead, terms: Terms, upstream: Tensor, picks: Mapping[str, Tensor] | None = None
+) -> list[Exact]:
+    """[values [outputs, N], d_hidden, d_weight, d_bias]; ``upstream`` is the values' gradient.
+
+    ``picks`` names token ids [N] whose log-probs are terms too.
+    """
     if np.finfo(Real).eps >= np.finfo(np.float64).eps:
         pytest.skip("no extended precision on this machine")
     vocab, flat = x.vocab, x.labels.reshape(-1)
@@ -56,7 +62,9 @@ def exact(x: OneHead, terms: Terms, upstream: Tensor) -> list[Exact]:
         z, slope = Real(cap) * t, slope * (1 - t * t)
     z = z / temperature
 
-    found, dz = _rows(z, flat.numpy()[live], live, terms, _real(upstream))
+    ids = {"logprob": flat, **(picks or {})}
+    chosen = {name: x.numpy()[live] for name, x in ids.items()}
+    found, dz = _rows(z, chosen, live, terms, _real(upstream))
     values = np.zeros((len(terms), len(flat)), Real)
     values[:, live] = found
     dz = dz * slope
@@ -72,32 +80,35 @@ def exact(x: OneHead, terms: Terms, upstream: Tensor) -> list[Exact]:
 
 
 def _rows(
-    z: np.ndarray, labels: np.ndarray, live: np.ndarray, terms: Terms, upstream: np.ndarray
+    z: np.ndarray,
+    ids: Mapping[str, np.ndarray],
+    live: np.ndarray,
+    terms: Terms,
+    upstream: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values [outputs, rows] and the gradient of their weighted sum by the logits."""
-    rows = np.arange(len(labels))
+    rows = np.arange(len(z))
     top = z.max(1, keepdims=True) if len(z) else z[:, :1]
     lse = top + np.log(np.exp(z - top).sum(1, keepdims=True))
     s = np.exp(z - lse)
     log_s = np.where(s == 0, 0, np.where(np.isfinite(z), z, 0) - lse)
     entropy = -(s * log_s).sum(1, keepdims=True)
-    chosen = np.zeros_like(z)
-    chosen[rows, labels] = 1
     value = {
-        "logprob": z[rows, labels] - lse[:, 0],
         "lse": lse[:, 0],
         "lse2": lse[:, 0] ** 2,
         "entropy": entropy[:, 0],
         "sum": z.sum(1),
     }
     by_logits = {
-        "logprob": chosen - s,
         "lse": s,
         "lse2": 2 * lse * s,
         "entropy": -s * (log_s + entropy),
         "sum": np.ones_like(z),
     }
-    found, dz = np.zeros((len(terms), len(labels)), Real), np.zeros_like(z)
+    for name, tokens in ids.items():
+        value[name] = z[rows, tokens] - lse[:, 0]
+        by_logits[name] = (np.arange(z.shape[1]) == tokens[:, None]).astype(Real) - s
+    found, dz = np.zeros((len(terms), len(z)), Real), np.zeros_like(z)
     for i, output in enumerate(terms):
         for name, factor in output.items():
             factors = np.broadcast_to(np.asarray(factor, Real), upstream.shape[1:])[live]
