@@ -106,11 +106,12 @@ PAD_HD TanhSlope<T> tanh_of(T x) {
 
 // ---------------------------------------------------------------- head transform
 
-// a = softcap * tanh((z + bias) * scale / softcap) / temperature, and da/dz.
+// a = softcap * tanh((z + bias) * scale / softcap) / temperature, and da/dz. The steps are rounded
+// one by one, as a dense computation does: a product with a rounded reciprocal would shift all
+// logits one way, and a normaliser of 1e4 shows it.
 template <class T>
 struct Head {
-  T inner;  // scale / softcap; unused without a soft cap
-  T outer;  // softcap / temperature; unused without a soft cap
+  T scale, softcap, temperature;
   T slope;  // scale / temperature: the derivative where nothing is capped
   bool capped;
   bool identity;  // a == z, but for the bias
@@ -120,10 +121,11 @@ template <class T>
 PAD_HD Head<T> make_head(double scale, double softcap, double temperature) {
   Head<T> head;
   head.capped = softcap > 0;
-  head.inner = head.capped ? T(scale / softcap) : T(0);
-  head.outer = T(softcap / temperature);
+  head.scale = T(scale);
+  head.softcap = T(softcap);
+  head.temperature = T(temperature);
   head.slope = T(scale / temperature);
-  head.identity = !head.capped && head.slope == T(1);
+  head.identity = !head.capped && head.scale == T(1) && head.temperature == T(1);
   return head;
 }
 

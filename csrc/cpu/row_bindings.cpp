@@ -50,6 +50,7 @@ struct RowPass {
   const char* name;
   void (*statistics)(const pad::StatisticsArgs&);
   void (*gradient)(const pad::GradientArgs&);
+  void (*transform)(const pad::TransformArgs&);
 };
 
 // The best the machine has, not above what PAD_KERNELS_SIMD allows. Decided once.
@@ -63,11 +64,14 @@ RowPass choose() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && cap != "avx2" && cap != "baseline")
-    return {"avx512", &pad::avx512::row_statistics, &pad::avx512::row_gradient};
+    return {"avx512", &pad::avx512::row_statistics, &pad::avx512::row_gradient,
+            &pad::avx512::head_transform};
   if (has_avx2 && cap != "baseline")
-    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_gradient};
+    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_gradient,
+            &pad::avx2::head_transform};
 #endif
-  return {"baseline", &pad::portable::row_statistics, &pad::portable::row_gradient};
+  return {"baseline", &pad::portable::row_statistics, &pad::portable::row_gradient,
+          &pad::portable::head_transform};
 }
 
 const RowPass& row_pass() {
@@ -208,6 +212,14 @@ void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, 
   row_pass().gradient(args);
 }
 
+void head_transform(const std::string& dtype, Pointer values, int64_t count, double scale,
+                    double softcap, double temperature) {
+  pad::TransformArgs args{parse_dtype(dtype), at(values), count, scale, softcap, temperature};
+  require_count("count", count, 0);
+  require_pointer("values", values, count > 0);
+  row_pass().transform(args);
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -221,6 +233,9 @@ void bind_rows(py::module_& m) {
         py::arg("sparse_ids"), py::arg("sparse_values"), py::arg("sparse_k"), py::arg("tile"),
         py::arg("tile_absmax"), py::arg("threads"),
         "Gradient of a block with respect to the student's logits.");
+  m.def("head_transform", &head_transform, py::arg("dtype"), py::arg("values"), py::arg("count"),
+        py::arg("scale"), py::arg("softcap"), py::arg("temperature"),
+        "Raw logits behind their head transform, in place.");
   m.def(
       "simd_level", [] { return std::string(row_pass().name); },
       "The instruction set in use: avx512, avx2 or baseline.");

@@ -114,20 +114,26 @@ void transform_tile(const Z* z, const T* bias, const Head<T>& head, int64_t n, T
     for (int64_t i = 0; i < n; ++i) a[i] = load(z[i]);
   }
   if (head.identity) return;
-  const T inner = head.inner, outer = head.outer, slope = head.slope;
-  if (!head.capped) {
+  const T scale = head.scale, softcap = head.softcap, temperature = head.temperature;
+  const T slope = head.slope;
+  if (scale != T(1)) {
     PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] *= slope;
-  } else if (chain) {
+    for (int64_t i = 0; i < n; ++i) a[i] *= scale;
+  }
+  if (chain) {
     PAD_SIMD
     for (int64_t i = 0; i < n; ++i) {
-      const TanhSlope<T> cap = tanh_of(a[i] * inner);
-      a[i] = outer * cap.value;
+      const TanhSlope<T> cap = tanh_of(a[i] / softcap);
+      a[i] = softcap * cap.value;
       chain[i] = slope * cap.slope;
     }
-  } else {
+  } else if (head.capped) {
     PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] = outer * tanh_of(a[i] * inner).value;
+    for (int64_t i = 0; i < n; ++i) a[i] = softcap * tanh_of(a[i] / softcap).value;
+  }
+  if (temperature != T(1)) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) a[i] /= temperature;
   }
 }
 
@@ -631,7 +637,20 @@ void gradient(const GradientArgs& args) {
   }
 }
 
+template <class T>
+void transform(const TransformArgs& args) {
+  const Head<T> head = make_head<T>(args.scale, args.softcap, args.temperature);
+  T* values = static_cast<T*>(args.values);
+  for (int64_t i = 0; i < args.count; i += kTile)
+    transform_tile<T, T>(values + i, nullptr, head, smaller(kTile, args.count - i), values + i,
+                         nullptr);
+}
+
 }  // namespace
+
+void head_transform(const TransformArgs& args) {
+  args.dtype == DType::float64 ? transform<double>(args) : transform<float>(args);
+}
 
 void row_statistics(const StatisticsArgs& args) {
   if (args.rows <= 0 || args.cols <= 0) return;

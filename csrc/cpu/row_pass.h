@@ -60,11 +60,21 @@ struct GradientArgs {
   int threads;
 };
 
+// Raw logits (count,) in acc behind their head transform, in place: the very numbers that the row
+// passes see.
+struct TransformArgs {
+  DType dtype;
+  void* values;
+  int64_t count;
+  double scale, softcap, temperature;
+};
+
 // One set of entry points per instruction set.
 #define PAD_DECLARE_ROW_PASS(isa)             \
   namespace isa {                             \
   void row_statistics(const StatisticsArgs&); \
   void row_gradient(const GradientArgs&);     \
+  void head_transform(const TransformArgs&);  \
   }
 PAD_DECLARE_ROW_PASS(portable)
 PAD_DECLARE_ROW_PASS(avx2)

@@ -14,6 +14,7 @@ from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
+from pad_kernels.heads import HeadOptions
 
 
 class Backend(Protocol):
@@ -21,6 +22,14 @@ class Backend(Protocol):
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         """Why this backend cannot do the recipe; None if it can. Never touches tensors."""
+        ...
+
+    def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
+        """A few raw logits, bias added, behind the head transform: the bits that ``measure`` sees.
+
+        A label's logit and its normaliser must be the same function of the same product, or a
+        confident log-prob comes out above 0.
+        """
         ...
 
     def measure(

@@ -20,6 +20,7 @@ from pad_kernels.functionals.statistics import (
     Statistic,
     Total,
 )
+from pad_kernels.heads import HeadOptions
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _KNOWN = (Normalizer, Moment, Total, Argmax)
@@ -45,6 +46,20 @@ class CppBackend:
                     name = type(functional).__name__
                     return f"{name} needs {type(statistic).__name__}, which has no C++ yet"
         return None
+
+    def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
+        module = native()
+        assert module is not None
+        logits = raw.contiguous().clone()
+        module.head_transform(
+            _DTYPES[logits.dtype],
+            logits.data_ptr(),
+            logits.numel(),
+            head.logit_scale,
+            head.softcap or 0.0,
+            head.temperature,
+        )
+        return logits
 
     @staticmethod
     def _streams(

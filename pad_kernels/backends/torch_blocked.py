@@ -21,6 +21,7 @@ from pad_kernels.functionals.statistics import (
     measure,
     merge,
 )
+from pad_kernels.heads import HeadOptions
 
 
 def _tiles(rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
@@ -37,6 +38,9 @@ class TorchBackend:
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         return None
+
+    def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
+        return head.transform(raw)
 
     @staticmethod
     def _raw(problem: Problem, stream: int, tile: Tensor, offset: int) -> Tensor:

@@ -83,7 +83,8 @@ class Pass:
         found = raw.gather(1, local.clamp(0, raw.shape[1] - 1)).to(self.problem.accumulate)
         if student.bias is not None:
             found = found + student.bias[ids]
-        return torch.where(inside, student.head.transform(found), 0.0).t()
+        logits = self.backend.transform(student.head, found)
+        return torch.where(inside, logits, 0.0).t()
 
     def empty_stats(self, rows: int, inputs: dict[str, Tensor]) -> RowStats:
         """Running statistics before the first block."""
