@@ -16,7 +16,7 @@ from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 from pad_kernels.heads import Head
-from pad_kernels.sequence.transforms import reject_transforms
+from pad_kernels._transforms import reject_transforms
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -120,13 +120,17 @@ class Call:
         student = self.student
         return self.rows, student.weight, student.bias, list(self.inputs.values()), teachers
 
+    def refuse_early(self) -> None:
+        """Raise if an early plan is asked for where the output is not one number."""
+        if self._request.schedule == "early":
+            fail_value("plan", "late or kept for per-token outputs", "'early'")
+
     def tokens(
         self, functionals: Sequence[Functional], *, argmax: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Per-token values [outputs, N], differentiable, and greedy tokens [N] if wanted."""
         recipe = self.recipe(functionals, argmax=argmax)
-        if self._request.schedule == "early" and any(recipe.needs):
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        self.refuse_early()
         values, greedy, _, _ = ops.token_outputs(*self.tensors(), recipe.dumps())
         return values, greedy
 

@@ -345,18 +345,25 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tens
     return None
 
 
-@torch.library.custom_op("pad_kernels::first_derivative", mutates_args=())
-def first_derivative(gradient: Tensor, anchor: Tensor) -> Tensor:
-    """A copy of a gradient that depends on ``anchor`` in a way nobody can differentiate.
+@torch.library.custom_op("pad_kernels::scaled_gradients", mutates_args=())
+def scaled_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor, anchor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``scale_gradients_``, on copies: for graphs that are traced, and for ``create_graph``.
 
-    Under ``create_graph=True`` an early gradient would otherwise pass for a constant.
+    ``anchor`` is an input of the forward: the result depends on it in a way nobody can
+    differentiate, so that a second derivative raises and does not take it for a constant.
     """
-    return gradient.clone()
+    copies = hidden.clone(), weight.clone(), bias.clone()
+    scale_gradients_(*copies, factors, scale)
+    return copies
 
 
-@first_derivative.register_fake
-def _(gradient: Tensor, anchor: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
+@scaled_gradients.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor, anchor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _save_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: _Sum) -> None:
@@ -377,6 +384,11 @@ def _save_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: _Sum) -> None:
 def _weighted_sum_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return _for_inputs(ctx, (None, None, None), 2)
+    if ctx.spent:
+        raise RuntimeError(
+            "plan: expected one backward through an early plan, got a second one; early gradients "
+            "are scaled in place. Pass plan='late', which allows it"
+        )
     if not ctx.early:
         hidden, weight, bias, coefficients, stats, kept, *rest = ctx.saved_tensors
         row_inputs, teachers = rest[: ctx.counts[0]], rest[ctx.counts[0] :]
@@ -384,16 +396,13 @@ def _weighted_sum_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
             grad, coefficients, hidden, weight, bias, row_inputs, teachers, stats, kept, ctx.recipe
         )
         return _for_inputs(ctx, found, 2)
-    if ctx.spent:
-        raise RuntimeError(
-            "plan: expected one backward through an early plan, got a second one; early gradients "
-            "are scaled in place. Pass plan='late', which allows it"
-        )
-    ctx.spent = True
     hidden, *gradients, factors = ctx.saved_tensors
+    traced = any(type(gradient) is not Tensor for gradient in gradients)
+    if traced or torch.is_grad_enabled():
+        copies = scaled_gradients(*gradients, factors, grad, hidden)
+        return _for_inputs(ctx, copies, 2)
+    ctx.spent = True
     scale_gradients_(*gradients, factors, grad)
-    if torch.is_grad_enabled():
-        gradients = [first_derivative(g, hidden) for g in gradients]
     return _for_inputs(ctx, gradients, 2)
 
 

@@ -16,7 +16,7 @@ from pad_kernels._checks import (
     fail_value,
 )
 from pad_kernels.sequence.listwise_op import listwise_preference
-from pad_kernels.sequence.transforms import reject_transforms
+from pad_kernels._transforms import reject_transforms
 
 KINDS = ("jsd", "jsd_released", "kl", "reverse_kl", "ranking", "top1")
 REDUCTIONS = ("mean", "sum", "none")
