@@ -316,3 +316,25 @@ def test_a_teacher_whose_mass_is_all_kept_has_an_empty_tail() -> None:
         torch.autograd.grad(values.sum(), leaves), oracle[1:], strict=True
     ):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [10.0, 25.0, 60.0, 200.0])
+def test_a_tail_that_the_student_hardly_has(lead: float) -> None:
+    """The teacher's tail over the student's has no bound; the gradient has."""
+    case = setup(torch.float32, softcap=None)
+    bias = torch.zeros_like(case.student.bias)
+    bias[:3] = lead
+    logprobs = torch.tensor([0.3, 0.4, 0.1]).log().expand(TOKENS, 3)
+    ids = torch.arange(3).expand(TOKENS, 3)
+    sure = replace(
+        case,
+        student=replace(case.student, bias=bias),
+        inputs={**case.inputs, "teacher_ids": ids, "teacher_logprobs": logprobs},
+    )
+    functionals, grad = [TopKForwardKL()], _upstream(1)
+    references = [sure.compute(how, functionals, grad) for how in (ORACLE, dense(torch.float32))]
+    leaves, call = sure.call(functionals, "late:torch_blocked")
+    values, _ = call.tokens(functionals)
+    found = [values.detach(), *torch.autograd.grad((values * grad).sum(), leaves)]
+    for ours, oracle, careful in zip(found, *references, strict=True):
+        assert_accurate(ours, oracle, careful, k=GRADIENTS, dtype=torch.float32)

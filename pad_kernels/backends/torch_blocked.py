@@ -97,7 +97,7 @@ class TorchBackend:
                 for j, tile in enumerate(tiles)
                 if j > 0
             ]
-            dense = _dense(a, rows, part)
+            dense = _dense(Block(a, shift, rows.inputs), rows, part)
             for ids, values in part.sparse:
                 local = ids - shift
                 inside = (local >= 0) & (local < right - left)
@@ -112,8 +112,9 @@ class TorchBackend:
         return peaks
 
 
-def _dense(a: list[Tensor], stats: RowStats, gradient: LogitGradient) -> Tensor:
+def _dense(block: Block, stats: RowStats, gradient: LogitGradient) -> Tensor:
     """The dense part of the gradient with respect to the transformed logits."""
+    a = block.logits
 
     def probability(j: int) -> Tensor:
         maximum, total = stats[Normalizer(j)]
@@ -131,10 +132,8 @@ def _dense(a: list[Tensor], stats: RowStats, gradient: LogitGradient) -> Tensor:
         dense += torch.where(s == 0, 0.0, s * factor)
     for j, p in gradient.probabilities.items():
         dense += p.unsqueeze(-1) * probability(j)
-    if gradient.curved:
-        logprobs = [x - stats.logsumexp(j).unsqueeze(-1) for j, x in enumerate(a)]
-        for functional, grad in gradient.curved:
-            dense += functional.curved(logprobs, grad, stats)
+    for functional, grad in gradient.curved:
+        dense += functional.curved(block, grad, stats)
     if gradient.constant is not None:
         dense += gradient.constant.unsqueeze(-1)
     return dense

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from pad_kernels.functionals.statistics import RowStats, Statistic
+from pad_kernels.functionals.statistics import Block, RowStats, Statistic
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Functional:
         """Gradient with respect to the logits, given that of the values, [outputs, rows]."""
         raise NotImplementedError
 
-    def curved(self, logprobs: list[Tensor], grad: Tensor, stats: RowStats) -> Tensor:
+    def curved(self, block: Block, grad: Tensor, stats: RowStats) -> Tensor:
         """The element-wise gradient [rows, cols] that coefficients cannot express."""
         raise NotImplementedError
 

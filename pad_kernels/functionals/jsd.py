@@ -34,7 +34,7 @@ class JsdTerms(Statistic):
 
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
         assert first is not None
-        logprobs = [a - first.logsumexp(j).unsqueeze(-1) for j, a in enumerate(block.logits)]
+        logprobs = [first.logprobs(j, a) for j, a in enumerate(block.logits)]
         mixture = _log_mixture(logprobs, self.alpha)
         return torch.stack([_weighted(p, p - mixture).sum(-1) for p in logprobs])
 
@@ -61,7 +61,8 @@ class JensenShannon(Functional):
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
         return LogitGradient(curved=[(self, grad)])
 
-    def curved(self, logprobs: list[Tensor], grad: Tensor, stats: RowStats) -> Tensor:
+    def curved(self, block: Block, grad: Tensor, stats: RowStats) -> Tensor:
+        logprobs = [stats.logprobs(j, block.logits[j]) for j in range(2)]
         divergence = stats[JsdTerms(self.alpha)][0].unsqueeze(-1)
         log_ratio = logprobs[0] - _log_mixture(logprobs, self.alpha) - divergence
         return _weighted(logprobs[0], log_ratio) * (1 - self.alpha) * grad[0].unsqueeze(-1)

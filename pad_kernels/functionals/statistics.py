@@ -49,6 +49,12 @@ class Block:
         inside = (local >= 0) & (local < self.logits[0].shape[-1])
         return torch.where(inside, local, 0), inside
 
+    def listed(self, ids: Tensor) -> Tensor:
+        """Which entries [rows, cols] are among the vocabulary ids [rows, k]."""
+        columns, inside = self.columns(ids)
+        found = torch.zeros_like(self.logits[0], dtype=torch.uint8)
+        return found.scatter_reduce_(1, columns, inside.to(torch.uint8), "amax").bool()
+
 
 def finite_or_zero(maximum: Tensor) -> Tensor:
     """A reference to subtract: the maximum, or 0 where everything is -inf (so nothing is NaN)."""
@@ -73,6 +79,15 @@ class RowStats(dict["Statistic", Tensor]):
     def logsumexp(self, stream: int = 0) -> Tensor:
         """The row's log normaliser, [rows]."""
         return finite_or_zero(self.maximum(stream)) + self.total(stream).log()
+
+    def logprobs(self, stream: int, logits: Tensor) -> Tensor:
+        """Log-probabilities [rows, cols] of logits [rows, cols].
+
+        Less the maximum first: subtracting a large normaliser at once would round twice as coarsely
+        as the logits themselves.
+        """
+        shifted = logits - finite_or_zero(self.maximum(stream)).unsqueeze(-1)
+        return shifted - self.total(stream).log().unsqueeze(-1)
 
     def rows(self, start: int, stop: int) -> RowStats:
         """The same statistics for rows start to stop, as views."""
@@ -226,10 +241,7 @@ class Tail(Statistic):
         return Normalizer(0).empty(rows, inputs, like)
 
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
-        columns, inside = block.columns(block.inputs[self.ids])
-        excluded = torch.zeros_like(block.logits[0], dtype=torch.uint8)
-        excluded.scatter_reduce_(1, columns, inside.to(torch.uint8), "amax")
-        rest = block.logits[0].masked_fill(excluded.bool(), -torch.inf)
+        rest = block.logits[0].masked_fill(block.listed(block.inputs[self.ids]), -torch.inf)
         maximum = rest.amax(-1)
         total = torch.exp(rest - finite_or_zero(maximum).unsqueeze(-1)).sum(-1)
         return torch.stack((maximum, total))
