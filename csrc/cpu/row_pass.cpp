@@ -91,6 +91,17 @@ inline float number(int16_t key) { return load(bfloat16{uint16_t(key ^ ((key >> 
 
 // ---------------------------------------------------------------- loops over one tile
 
+// Ask for the next tile while this one is worked on: the hardware's own prefetching stops at every
+// page, and a tile of bfloat16 is one. `kWrite`: it will be written to.
+template <bool kWrite, class Z>
+void prefetch_tile(const Z* z, int64_t n) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(Z))) __builtin_prefetch(z + i, kWrite, 3);
+#else
+  (void)z, (void)n;
+#endif
+}
+
 // The largest entry; a NaN with its sign bit set may be missed, the sum never misses one.
 template <class Z>
 auto tile_maximum(const Z* z, int64_t n) -> decltype(load(*z)) {
@@ -334,6 +345,9 @@ RowState<double> segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, 
     const int64_t first = args.vocab_offset + col;
     RowState<double> tile = empty_state<double>();
     const Z* z = Rows<Z>::logits(stream, row, col);
+    for (int j = 0; j < args.streams; ++j)
+      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, col + n),
+                           smaller(step, end - col - n));
     if (raw) {
       one_stream_tile(plan, z, n, first, state, tile);
     } else if (args.streams > 1) {
@@ -615,6 +629,10 @@ void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, i
   for (int64_t col = begin; col < end;) {
     int64_t n = smaller(kTile, end - col);
     if (args.tile_absmax) n = smaller(n, args.tile - col % args.tile);
+    const int64_t next = col + n, ahead = smaller(n, end - next);
+    for (int j = 0; j < args.streams; ++j)
+      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, next), ahead);
+    prefetch_tile<true>(out + next, ahead);
     gradient_tile<Z, T>(plan, row, col, n, student, sparse, out + col);
     if (args.tile_absmax)
       raise_to(args.tile_absmax + col / args.tile, tile_magnitude(out + col, n));
