@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    INTEGERS,
     check_choice,
     check_flag,
     check_integer,
     check_number,
     check_tensor,
-    fail_type,
     fail_value,
 )
 from pad_kernels.engine.call import Call, weighted
@@ -29,6 +29,7 @@ from pad_kernels.functionals import (
     SquaredLogSumExp,
 )
 from pad_kernels.heads import Head
+from pad_kernels.sequence.rewards import checked_offsets
 
 PlanLike = PlanRequest | Plan | str | None
 
@@ -53,9 +54,9 @@ def shifted_labels(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None)
     """Labels such that row i predicts label i + 1; the last of each sequence predicts nothing."""
     shifted = torch.full_like(labels, ignore_index)
     shifted[..., :-1] = labels[..., 1:]
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and labels.shape[0]:
         # The position before each start belongs to the sequence before; -1 is the last anyway.
-        starts = cu_seqlens[:-1].to(torch.int64)
+        starts = checked_offsets(cu_seqlens, labels.shape[0])[:-1]
         shifted[starts - 1] = ignore_index
     return shifted
 
@@ -73,6 +74,8 @@ def _check_labels(
     if cu_seqlens is not None:
         integers = (torch.int64, torch.int32)
         check_tensor("cu_seqlens", cu_seqlens, dtypes=integers, ndim=1, device=hidden.device)
+        if cu_seqlens.shape[0] == 0:
+            fail_value("cu_seqlens", "at least one boundary", "none")
         if not shift:
             fail_value("cu_seqlens", "shift=True to go with it", "shift=False")
         if labels.dim() != 1:
@@ -253,7 +256,7 @@ def linear_cross_entropy(
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = _call(head, labels, ignore_index, shift, cu_seqlens, plan)
     weights = _check_weights(token_weights, labels)
-    divisor = _check_normalizer(normalizer, reduction)
+    divisor = _check_normalizer(normalizer, reduction, hidden.device)
 
     terms: list[tuple[Functional, float]] = [(LogProb(), smoothing - 1)]
     if smoothing:
@@ -274,7 +277,8 @@ def linear_cross_entropy(
     if reduction == "mean":
         if divisor is None:
             divisor = counted.sum().clamp(min=1)
-        per_token = per_token / divisor
+        # Where, not only division: no tokens and a normaliser of 0 make a mean of 0.
+        per_token = torch.where(counted, per_token / divisor, 0.0)
     return call.total(functionals, factors.unsqueeze(1) * per_token)
 
 
@@ -285,15 +289,22 @@ def _check_weights(weights: Tensor | None, labels: Tensor) -> Tensor | None:
     return weights
 
 
-def _check_normalizer(normalizer: float | Tensor | None, reduction: str) -> float | Tensor | None:
+def _check_normalizer(
+    normalizer: float | Tensor | None, reduction: str, device: torch.device
+) -> float | Tensor | None:
     if normalizer is None:
         return None
     if reduction != "mean":
         fail_value("normalizer", "reduction='mean' to go with it", f"reduction={reduction!r}")
     if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, ndim=0)
+        # A 0-d tensor on the CPU goes with tensors anywhere.
+        on = normalizer.device if normalizer.device.type == "cpu" else device
+        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), ndim=0, device=on)
         if normalizer.requires_grad:
             fail_value("normalizer", "a tensor that does not require grad", "one that does")
+        if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+            # 0 is what a trainer counts in a batch without tokens, whose mean is 0.
+            check_number("normalizer", normalizer.item(), at_least=0.0)
         return normalizer
     return check_number("normalizer", normalizer, above=0.0)
 
@@ -329,31 +340,16 @@ def linear_topk(
         tensor([[0, 1]])
     """
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
-    call = Call(_detached(head), plan=plan)
+    call = Call(head, plan=plan)
     check_integer("k", k, at_least=1)
     if k > call.vocab:
         fail_value("k", f"at most the vocabulary size {call.vocab}", k)
-    recipe = call.recipe([LogSumExp()], topk=k)
-    ids, logprobs = topk(*call.tensors(), recipe.dumps())
+    call.refuse_early()
+    with torch.no_grad():
+        recipe = call.recipe([LogSumExp()], topk=k)
+        ids, logprobs = topk(*call.tensors(), recipe.dumps())
     shape = (*hidden.shape[:-1], k)
     return TopK(ids.reshape(shape), logprobs.reshape(shape))
-
-
-def _detached(head: Head) -> Head:
-    for name in ("hidden", "weight", "bias"):
-        value = getattr(head, name)
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            fail_type(name, "a torch.Tensor", value)
-    bias = None if head.bias is None else head.bias.detach()
-    return Head(
-        head.hidden.detach(),
-        head.weight.detach(),
-        bias,
-        head.softcap,
-        head.logit_scale,
-        head.temperature,
-        head.vocab_size,
-    )
 
 
 def option_logprobs(
@@ -397,6 +393,6 @@ def option_logprobs(
         fail_value("option_ids", "at least one candidate", f"shape {tuple(option_ids.shape)}")
     count = option_ids.shape[-1]
     ids = option_ids.to(torch.int64).expand(*leading, count).reshape(-1, count)
-    call.inputs["options"] = ids
-    values, _ = call.tokens([LogProb("options")])
+    call.inputs["option_ids"] = ids
+    values, _ = call.tokens([LogProb("option_ids")])
     return values.t().reshape(*leading, count)

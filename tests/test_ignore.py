@@ -111,3 +111,33 @@ def test_what_ignored_rows_hold_does_not_matter() -> None:
         assert torch.allclose(loss, clean)
         assert torch.allclose(poisoned.grad, hidden.grad, atol=1e-7)
         assert torch.allclose(weight.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["early", "late"])
+@pytest.mark.parametrize("normalizer", [None, torch.tensor(0), torch.tensor(0.0), 1.0])
+def test_a_mean_over_no_tokens_is_zero(plan: str, normalizer: object) -> None:
+    hidden, weight, _ = make()
+    labels = torch.full((N,), -100)
+    loss = pk.linear_cross_entropy(hidden, weight, labels, plan=plan, normalizer=normalizer)
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("boundaries", [[0, 0, 5, 5, N], [0, N, N], [0, N]])
+def test_sequences_without_tokens_leak_nothing(boundaries: list[int]) -> None:
+    hidden, weight, _ = make()
+    labels = torch.randint(V, (N,))
+    offsets = torch.tensor(boundaries)
+    found = pk.linear_logprob(hidden, weight, labels, shift=True, cu_seqlens=offsets)
+    lasts = sorted({stop - 1 for stop in boundaries if stop})
+    assert (found == 0).nonzero().flatten().tolist() == lasts
+    expected = pk.linear_logprob(hidden[:-1], weight, labels[1:])
+    rows = [i for i in range(N - 1) if i not in lasts]
+    torch.testing.assert_close(found[rows], expected[rows])
+
+
+def test_no_tokens_at_all() -> None:
+    hidden, weight = torch.zeros(0, H), torch.zeros(V, H)
+    labels, offsets = torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0])
+    found = pk.linear_logprob(hidden, weight, labels, shift=True, cu_seqlens=offsets)
+    assert found.shape == (0,)
