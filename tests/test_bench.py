@@ -3,7 +3,9 @@
 import argparse
 import json
 import pathlib
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -109,6 +111,83 @@ def test_every_implementation_passes_the_gate_or_says_why(op: str, dtype: str) -
             assert row["status"] == "ok" or "cpp" in row["implementation"], row
         else:
             assert row["status"] == "ok" or row["reason"], row
+
+
+def _named(name: str, op: str = "cross_entropy") -> list[Implementation]:
+    found = [i for i in all_implementations() if i.name == name and i.op == op]
+    assert len(found) == 1
+    return found
+
+
+def _only_row(implementations: list[Implementation], op: str = "cross_entropy") -> dict:
+    # Eight sequences of three tokens, for the peer that wants sequences.
+    return measure.measure(_case(op), implementations, 1, CPU)["rows"][0]
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("Cut Cross-Entropy", "cut_cross_entropy"),
+        ("Liger fused", "liger_kernel.transformers"),
+        ("Liger chunked", "liger_kernel.chunked_loss.fused_linear_preference"),
+    ],
+)
+def test_a_peer_that_is_not_installed_is_listed_as_missing(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    row = _only_row(_named(name))
+    assert row["status"] == "missing" and "pad-kernels[peers]" in row["reason"]
+
+
+def test_a_torch_without_its_own_function_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    assert _only_row(_named("F.linear_cross_entropy"))["status"] == "missing"
+
+
+def test_a_machine_without_a_compiler_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    row = _only_row(_named("dense torch.compile"))
+    assert row["status"] == "missing" and "compiler" in row["reason"]
+
+
+def test_a_backend_that_is_missing_is_listed_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pk, "available_backends", lambda: {"cpp": "no compiler was found"})
+    row = _only_row(_named("pad_kernels early:cpp"))
+    assert (row["status"], row["reason"]) == ("missing", "no compiler was found")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["cross_entropy", "logprob"])
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("dense torch.compile", "torch"),
+        ("Cut Cross-Entropy", "cut_cross_entropy"),
+        ("Liger chunked", "liger_kernel"),
+    ],
+)
+def test_what_compiles_passes_the_gate(name: str, package: str, op: str) -> None:
+    pytest.importorskip(package)
+    if not any(i.name == name and i.op == op for i in all_implementations()):
+        pytest.skip(f"{name} has no {op}")
+    assert _only_row(_named(name, op), op)["status"] in ("ok", "missing")
+
+
+def test_cut_cross_entropy_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the peer's signature, so that its adapter runs where it is not installed."""
+
+    def linear_cross_entropy(e, c, targets, ignore_index=-100, *, impl, reduction):
+        assert impl == "torch_compile"
+        return F.cross_entropy(F.linear(e, c), targets, reduction=reduction)
+
+    module = types.ModuleType("cut_cross_entropy")
+    module.linear_cross_entropy = linear_cross_entropy
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    for op in ("cross_entropy", "logprob"):
+        assert _only_row(_named("Cut Cross-Entropy", op), op)["status"] == "ok"
 
 
 def test_gradients_do_not_leak_from_one_implementation_into_the_next() -> None:
