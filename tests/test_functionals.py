@@ -303,6 +303,25 @@ def test_a_student_that_is_its_teacher_has_no_divergence(alpha: float, dtype: to
             assert float(gradient.abs().max()) < 1e-5
 
 
+def test_a_student_that_is_its_offline_teacher() -> None:
+    case = setup(torch.float32)
+    s = case.student
+    z = ORACLE.logits(
+        *[ORACLE.leaf(x, False) for x in (s.hidden, s.weight, s.bias)],
+        *(s.softcap, s.logit_scale, s.temperature, s.vocab_size),
+    )
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ids = torch.rand(TOKENS, VOCAB).argsort(-1)[:, : 1 + 3 * seed]
+        logprobs = z.log_softmax(-1).gather(1, ids).float()
+        alike = {**case.inputs, "teacher_ids": ids, "teacher_logprobs": logprobs}
+        leaves, call = replace(case, inputs=alike).call([TopKForwardKL()], "late:torch_blocked")
+        values, _ = call.tokens([TopKForwardKL()])
+        assert -1e-7 <= float(values.detach().min()) and float(values.detach().max()) < 2e-6
+        for gradient in torch.autograd.grad(values.sum(), leaves):
+            assert float(gradient.abs().max()) < 1e-5
+
+
 def test_a_teacher_whose_mass_is_all_kept_has_an_empty_tail() -> None:
     case = setup(torch.float32)
     logprobs = case.inputs["teacher_logprobs"]

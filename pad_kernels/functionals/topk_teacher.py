@@ -52,7 +52,8 @@ class TopKForwardKL(Functional):
         weight = kept_t.exp()
         kept = torch.where(weight == 0, 0.0, weight * (kept_t - kept_s)).sum(0)
         tail = torch.where(tail_t == 0, 0.0, tail_t * (tail_t.log() - tail_s))
-        return (kept + tail).unsqueeze(0)
+        # Below 0 by rounding alone: the outcomes' masses need not add up to 1 exactly.
+        return (kept + tail).clamp(min=0).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
         _, kept_t, _, _ = self._outcomes(stats)
