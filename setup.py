@@ -52,6 +52,8 @@ class BuildNative(build_ext):
         try:
             self._build(ext)
         except Exception as error:
+            # An earlier build's module beside the reason would be installed with it.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             reason.parent.mkdir(parents=True, exist_ok=True)
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             text = f"the C++ extension was not built: {type(error).__name__}: {first_line}"

@@ -135,7 +135,7 @@ def linear_logprob(
         vocab_size: leading entries of ``weight`` that are real; the rest have probability 0.
         ignore_index: label of rows that are left out and cost nothing.
         shift: do the causal shift here: row i predicts label i + 1, the last position is ignored.
-        plan: None, "late", "kept", a backend, "schedule:backend", PlanRequest or Plan.
+        cu_seqlens: with ``shift`` and packed [N] input, the sequences' boundaries [n + 1], integer,
             so that no sequence predicts the first token of the next.
         plan: None, "late", "kept", a backend, "schedule:backend", a PlanRequest or a Plan.
 
