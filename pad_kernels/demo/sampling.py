@@ -46,6 +46,17 @@ class Responses:
         return (self.labels != IGNORE).sum(-1)
 
 
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index a row from softmax(logits) [B, V], as [B, 1].
+
+    By inverting the cumulative distribution: one random number a row. `torch.multinomial` draws one
+    for every entry, which takes longer than the model does.
+    """
+    cumulative = torch.softmax(logits, dim=-1).cumsum(-1)
+    point = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[-1] - 1)
+
+
 def _sample(
     model: LanguageModel, prompts: Tensor, settings: Settings, generator: torch.Generator
 ) -> Tensor:
@@ -53,11 +64,12 @@ def _sample(
     cache = DynamicCache(config=model.model.config)
     ids, step = prompts, prompts
     done = torch.zeros(len(prompts), dtype=torch.bool)
-    for _ in range(settings.response_tokens):
+    for position in range(settings.response_tokens):
         states = model.model.model(input_ids=step, past_key_values=cache, use_cache=True)
-        logits = model.next_token_logits(states.last_hidden_state[:, -1])
-        probabilities = torch.softmax(logits / settings.temperature, dim=-1)
-        step = torch.multinomial(probabilities, 1, generator=generator)
+        logits = model.next_token_logits(states.last_hidden_state[:, -1]) / settings.temperature
+        if position < settings.least_tokens:
+            logits[:, EOS] = -torch.inf
+        step = draw(logits, generator)
         step[done] = EOS
         done |= step[:, 0] == EOS
         ids = torch.cat([ids, step], dim=1)

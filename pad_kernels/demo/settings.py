@@ -69,8 +69,9 @@ class Settings:
     held_out_prompts: int = 128
     prompt_tokens: int = 12
     response_tokens: int = 48
+    least_tokens: int = 24
     responses: int = 4
-    temperature: float = 1.0
+    temperature: float = 0.8
 
     # Preference training. Each step of each method sends the same number of responses through.
     step_responses: int = 64
@@ -104,6 +105,7 @@ SMALL = Settings(
     held_out_prompts=8,
     prompt_tokens=8,
     response_tokens=12,
+    least_tokens=4,
     step_responses=16,
     preference_steps=4,
     checkpoints=2,
