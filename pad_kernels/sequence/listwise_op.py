@@ -107,7 +107,7 @@ def _solve_rows(
     return loss, error, grad
 
 
-def _check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
+def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
     """Raise for rewards that are NaN or infinite, or return which groups have some.
 
     The latter where looking at them would have to wait for the device.
@@ -144,8 +144,8 @@ def listwise_preference(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [groups], its standard error [groups] and its gradient [groups, n]."""
-    bad = _check_finite("student_rewards", student, valid)
-    bad_teacher = _check_finite("teacher_rewards", teacher, valid)
+    bad = check_finite("student_rewards", student, valid)
+    bad_teacher = check_finite("teacher_rewards", teacher, valid)
     groups, n = student.shape
     present = valid
     if present is None and n % subset_size:

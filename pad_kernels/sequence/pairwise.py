@@ -170,7 +170,13 @@ def check_logprobs(**tensors: Tensor | None) -> tuple[Tensor, ...]:
 
     The first one is the student's; those whose name starts with "ref" may not require grad.
     """
-    given = {name: value for name, value in tensors.items() if value is not None}
+    optional = ("ref_chosen", "ref_rejected")
+    given: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if value is not None:
+            given[name] = value
+        elif name not in optional:
+            fail_type(name, "a torch.Tensor", value)
     first = check_tensor(next(iter(given)), next(iter(given.values())), dtypes=FLOATS)
     for name, value in given.items():
         check_tensor(name, value, dtypes=FLOATS, shape=first.shape, device=first.device)

@@ -15,8 +15,8 @@ from pad_kernels._checks import (
     check_tensor,
     fail_value,
 )
-from pad_kernels.sequence.listwise_op import listwise_preference
 from pad_kernels._transforms import reject_transforms
+from pad_kernels.sequence.listwise_op import listwise_preference
 
 KINDS = ("jsd", "jsd_released", "kl", "reverse_kl", "ranking", "top1")
 REDUCTIONS = ("mean", "sum", "none")
@@ -58,19 +58,43 @@ def _check_subsets(n: int, subset_size: int | None) -> int:
     return size
 
 
-def _check_rewards(student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
-    check_tensor("student_rewards", student, dtypes=FLOATS, ndim=2)
-    check_tensor(
-        "teacher_rewards", teacher, dtypes=FLOATS, shape=student.shape, device=student.device
-    )
-    if student.shape[1] < 2:
-        fail_value("student_rewards", "at least 2 responses in a group", tuple(student.shape))
+class Ranking(NamedTuple):
+    """What the checked arguments of a listwise loss come to."""
+
+    beta: float
+    subset_size: int
+    seed: Tensor | None
+
+
+def check_ranking(
+    teacher: Tensor,
+    *,
+    beta: float,
+    kind: str,
+    valid: Tensor | None,
+    subset_size: int | None,
+    samples: int | None,
+    seed: int | None,
+    reduction: str,
+) -> Ranking:
+    """Check every argument of a listwise loss but the student's rewards, before any work."""
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    scale = check_number("beta", beta, above=0.0)
+    check_tensor("teacher_rewards", teacher, dtypes=FLOATS, ndim=2)
+    if teacher.shape[1] < 2:
+        fail_value("teacher_rewards", "at least 2 responses in a group", tuple(teacher.shape))
     if teacher.requires_grad:
         fail_value("teacher_rewards", "a tensor that does not require grad", "one that does")
     if valid is not None:
-        check_tensor(
-            "valid", valid, dtypes=(torch.bool,), shape=student.shape, device=student.device
-        )
+        shape, device = teacher.shape, teacher.device
+        check_tensor("valid", valid, dtypes=(torch.bool,), shape=shape, device=device)
+    size = _check_subsets(teacher.shape[1], subset_size)
+    if samples is not None and kind not in _SAMPLED_KINDS:
+        fail_value("samples", f"None: {kind!r} is never sampled", samples)
+    seeded = _seed_tensor(samples, seed)
+    _check_size(kind, size, samples)
+    return Ranking(scale, size, seeded)
 
 
 def _seed_tensor(samples: int | None, seed: int | None) -> Tensor | None:
@@ -138,31 +162,38 @@ def listwise_preference_estimate(
         True
     """
     reject_transforms("listwise_preference_loss", student_rewards, teacher_rewards)
-    check_choice("kind", kind, KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    scale = check_number("beta", beta, above=0.0)
-    _check_rewards(student_rewards, teacher_rewards, valid)
-    groups, n = student_rewards.shape
-    size = _check_subsets(n, subset_size)
-    if samples is not None and kind not in _SAMPLED_KINDS:
-        fail_value("samples", f"None: {kind!r} is never sampled", samples)
-    seeded = _seed_tensor(samples, seed)
-    _check_size(kind, size, samples)
+    student = check_tensor("student_rewards", student_rewards, dtypes=FLOATS, ndim=2)
+    if student.shape[1] < 2:
+        fail_value("student_rewards", "at least 2 responses in a group", tuple(student.shape))
+    shape, device = student.shape, student.device
+    check_tensor("teacher_rewards", teacher_rewards, dtypes=FLOATS, shape=shape, device=device)
+    ranking = check_ranking(
+        teacher_rewards,
+        beta=beta,
+        kind=kind,
+        valid=valid,
+        subset_size=subset_size,
+        samples=samples,
+        seed=seed,
+        reduction=reduction,
+    )
     loss, error, _ = listwise_preference(
         student_rewards,
         teacher_rewards,
         valid,
-        seeded,
+        ranking.seed,
         kind,
-        scale,
-        size,
+        ranking.beta,
+        ranking.subset_size,
         samples or 0,
         torch.is_grad_enabled() and student_rewards.requires_grad,
     )
     if reduction == "none":
         return ListwiseEstimate(loss, error)
     # Groups are sampled independently: their variances add up.
-    divisor = _counted_groups(valid, groups, size) if reduction == "mean" else 1
+    divisor: Tensor | int = 1
+    if reduction == "mean":
+        divisor = _counted_groups(valid, student.shape[0], ranking.subset_size)
     return ListwiseEstimate(loss.sum() / divisor, error.square().sum().sqrt() / divisor)
 
 

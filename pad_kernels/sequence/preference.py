@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    check_choice,
     check_flag,
     check_integer,
     check_tensor,
     fail_value,
 )
-from pad_kernels.sequence.plackett_luce import listwise_preference_loss
-from pad_kernels.sequence.rewards import sequence_reward
+from pad_kernels.sequence.listwise_op import check_finite
+from pad_kernels.sequence.plackett_luce import check_ranking, listwise_preference_loss
+from pad_kernels.sequence.rewards import NORMALIZATIONS, checked_offsets, sequence_reward
 
 if TYPE_CHECKING:
     from pad_kernels.engine.plan import Plan, PlanRequest
@@ -157,15 +159,22 @@ def linear_preference_loss(
     from pad_kernels.api import linear_logprob, shifted_labels  # api is above this module
 
     _check_layout(hidden, labels, teacher_rewards, cu_seqlens)
+    check_ranking(
+        teacher_rewards,
+        beta=beta,
+        kind=kind,
+        valid=valid,
+        subset_size=subset_size,
+        samples=samples,
+        seed=seed,
+        reduction=reduction,
+    )
+    check_choice("normalize", normalize, NORMALIZATIONS)
     check_integer("ignore_index", ignore_index)
-    if valid is not None:
-        check_tensor(
-            "valid",
-            valid,
-            dtypes=(torch.bool,),
-            shape=teacher_rewards.shape,
-            device=hidden.device,
-        )
+    if cu_seqlens is not None:
+        cu_seqlens = checked_offsets(cu_seqlens, hidden.shape[0])
+    if not torch.compiler.is_compiling() and teacher_rewards.device.type == "cpu":
+        check_finite("teacher_rewards", teacher_rewards, valid)
     counted = _counted_labels(labels, mask, valid, cu_seqlens, ignore_index)
     if check_flag("shift", shift):
         counted = shifted_labels(counted, ignore_index, cu_seqlens)
