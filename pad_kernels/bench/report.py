@@ -130,7 +130,11 @@ def _markdown_table(op: str, selected: list[dict[str, Any]]) -> list[str]:
             peak = None if row is None else row["peak_mib"]
             cells.append("" if peak is None else f"{peak:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    rows = [row for case in selected for row in case["rows"] if row["status"] != "ok"]
+    # One reason each: that of the first case in which it occurs.
+    why = {(r["implementation"], r["status"]): r["reason"] for r in reversed(rows)}
+    notes = [f"{name} is {status}: {why[name, status]}" for name, status in sorted(why)]
+    return [*lines, "", *([". ".join(notes) + ".", ""] if notes else [])]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -149,25 +153,28 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where])
 
 
+CLIP = 6.0  # a bar longer than this many floors is cut, its number stays
+
+
 def _panel(axis: Any, case: dict[str, Any], key: str) -> None:
+    """One case as horizontal bars, the best at the top, quartiles of ratios as whiskers."""
     rows = [r for r in case["rows"] if r["status"] == "ok" and r[key] is not None]
     rows.sort(key=lambda row: -row[key])
-    values = [row[key] for row in rows]
-    colours = ["#c8553d" if row["ours"] else "#7a8b99" for row in rows]
-    names = [row["implementation"] for row in rows]
-    bars = axis.barh(names, values, color=colours)
-    fmt = "{:.2f}" if key == "ratio" else "{:.0f}"
-    axis.bar_label(bars, [fmt.format(v) for v in values], padding=3, fontsize=7)
+    limit = max((row[key] for row in rows), default=1.0)
     if key == "ratio":
-        low = [row["ratio"] - row["ratio_low"] for row in rows]
-        high = [row["ratio_high"] - row["ratio"] for row in rows]
-        axis.errorbar(
-            values, range(len(rows)), xerr=[low, high], fmt="none", ecolor="black", lw=0.8
-        )
+        limit = min(limit, CLIP)
         axis.axvline(1.0, color="black", lw=0.8, ls="--")
-        axis.set_xlim(0, 1.15 * min(max(values), 6.0) if values else 1)
-    elif values:
-        axis.set_xlim(0, 1.15 * max(values))
+    for place, row in enumerate(rows):
+        value = row[key]
+        axis.barh(place, min(value, limit), color="#c8553d" if row["ours"] else "#7a8b99")
+        end = value
+        if key == "ratio" and value < limit:
+            end = min(row["ratio_high"], limit)
+            axis.plot([row["ratio_low"], end], [place, place], color="black", lw=0.8)
+        text = f"{value:.2f}" if key == "ratio" else f"{value:.0f}"
+        axis.text(min(end, limit) + 0.01 * limit, place, text, va="center", fontsize=7)
+    axis.set_xlim(0, 1.12 * limit)
+    axis.set_yticks(range(len(rows)), [row["implementation"] for row in rows])
     axis.set_title(case["name"].split("/", 1)[1].replace("/", "  "), fontsize=8)
     axis.tick_params(labelsize=7)
 
