@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -30,7 +31,9 @@ def tensors(x: Tensor, *, wrong: torch.dtype, required: bool = True) -> Values:
         "rank": x.unsqueeze(-1),
     }
     if x.dtype == torch.float32:
-        bad["quantized"] = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+        with warnings.catch_warnings():  # quantised tensors are deprecated, but not gone
+            warnings.simplefilter("ignore")
+            bad["quantized"] = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
     if required:
         bad["none"] = None
     return bad

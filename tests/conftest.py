@@ -1,5 +1,7 @@
 """What every test shares: two threads, one seed."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,3 +11,12 @@ torch.set_num_threads(2)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many calls on tiny tensors, which would spend their time waking the other thread up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

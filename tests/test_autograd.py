@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pad_kernels as pk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, H, V = 30, 6, 41
 Op = Callable[..., Tensor]
 
@@ -275,6 +277,7 @@ def test_transforms_of_topk_raise() -> None:
 
 @routes
 def test_same_bits_and_untouched_inputs(op: Op, plan: str) -> None:
+    torch.set_num_threads(2)
     given = make(200, 300)
     before = [x.detach().clone() for x in given]
     runs = []

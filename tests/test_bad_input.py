@@ -19,6 +19,8 @@ from torch import Tensor
 import pad_kernels as pk
 from pad_kernels.engine.workspace import account
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Named tuples that functions return, the plan that the planner makes, and names without arguments.
 OUTPUTS = {
     "KTOOutput",
@@ -80,7 +82,6 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(("name", "argument", "label"), CASES)
-@pytest.mark.filterwarnings("ignore:.*quantiz.*", "ignore:.*[Ss]parse.*")
 def test_refused_by_name_before_work(name: str, argument: str, label: str) -> None:
     assert argument in BAD, f"{name} has a new argument {argument}: give it bad values"
     values = given(name, argument)

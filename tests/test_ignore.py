@@ -9,6 +9,8 @@ from torch import Tensor
 
 import pad_kernels as pk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, H, V = 200, 8, 500
 LIVE = 40
 

@@ -22,6 +22,8 @@ import pad_kernels as pk
 from pad_kernels.engine.planner import CPU_BUDGET
 from pad_kernels.engine.workspace import account
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MIB = 1 << 20
 BACKENDS = ["torch_blocked"]
 if pk.available_backends()["cpp"] == "available":

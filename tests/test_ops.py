@@ -18,6 +18,8 @@ from pad_kernels.engine import call, ops
 from pad_kernels.engine import topk as topk_module
 from pad_kernels.sequence import listwise_op, rewards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, H, V = 12, 5, 23
 
 
