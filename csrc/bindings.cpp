@@ -2,12 +2,10 @@
 #include <pybind11/pybind11.h>
 
 void bind_rows(pybind11::module_& m);
-void bind_memory(pybind11::module_& m);
 void bind_listwise(pybind11::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row passes and listwise kernels on raw pointers (tensor.data_ptr()).";
   bind_rows(m);
-  bind_memory(m);
   bind_listwise(m);
 }

@@ -226,16 +226,6 @@ def test_bad_arguments_raise_before_any_pointer_is_read(
     assert str(error.value).startswith(name)
 
 
-def test_huge_page_advice_accepts_any_range() -> None:
-    values = torch.ones(1 << 21)
-    C.advise_huge_pages(values.data_ptr() + 4, values.nbytes - 4)
-    C.advise_huge_pages(values.data_ptr(), 0)
-    C.advise_huge_pages(0, 4096)
-    assert values.sum() == 1 << 21
-    with pytest.raises(ValueError, match="nbytes: expected >= 0, got -1"):
-        C.advise_huge_pages(values.data_ptr(), -1)
-
-
 def test_simd_level_is_what_was_asked_for() -> None:
     wish = os.environ.get("PAD_KERNELS_SIMD", "")
     assert C.simd_level() in ("avx512", "avx2", "baseline")

@@ -11,11 +11,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.registry import native
-
-#: Smaller buffers may come from the heap, where the advice costs more than it saves.
-_HUGE = 40 << 20
-
 
 class Account:
     """Bytes of workspace in use now, and the most there has been."""
@@ -50,19 +45,9 @@ account = Account()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; on Linux large CPU buffers are offered to huge pages.
-
-    A gradient of a gigabyte is a quarter of a million page faults otherwise, more time than a
-    matrix product at bfloat16 speed.
-    """
+    """Uninitialised memory; full of NaN where a test asks for it."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    module = native()
-    nbytes = tensor.numel() * tensor.element_size()
-    if module is not None and device.type == "cpu" and nbytes >= _HUGE:
-        module.advise_huge_pages(tensor.data_ptr(), nbytes)
-    if account.poison and dtype.is_floating_point:
-        tensor.fill_(math.nan)
-    return tensor
+    return tensor.fill_(math.nan) if account.poison and dtype.is_floating_point else tensor
 
 
 class _Slab:
