@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pad_kernels._checks import check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
+from pad_kernels._transforms import reject_transforms
 from pad_kernels.engine import ops
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
 from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 from pad_kernels.heads import Head
-from pad_kernels._transforms import reject_transforms
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
