@@ -63,7 +63,7 @@ def _gate(
     from pad_kernels.bench.peers import dense
 
     reference = gate.oracle(case, inputs)
-    baseline = Implementation("dense eager", case.op, dense)
+    baseline = Implementation("dense", case.op, dense)
     allowed = gate.bounds(case, reference, _admit(baseline, case, inputs, reference)[1])
     functions: dict[str, Function] = {}
     rows = []

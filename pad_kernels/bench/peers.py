@@ -62,16 +62,7 @@ def _cut_cross_entropy(case: Case) -> Function:
     except ImportError as error:
         raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
     _need_compiler()
-    reduction = "mean" if case.op == "cross_entropy" else "none"
-    sign = 1.0 if case.op == "cross_entropy" else -1.0
-
-    def function(x: Inputs) -> Tensor:
-        loss = linear_cross_entropy(
-            x.hidden, x.weight, x.labels, impl="torch_compile", reduction=reduction
-        )
-        return sign * loss
-
-    return function
+    return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, impl="torch_compile")
 
 
 def _liger_fused(case: Case) -> Function:
@@ -174,28 +165,29 @@ def _trl_style(case: Case) -> Function:
 
 def peers() -> list[Implementation]:
     """Every peer, in the order of the table."""
-    every = ("cross_entropy", "logprob", "score")
     training = ("cross_entropy", "logprob")
-    found = [Implementation("dense eager", op, dense) for op in every]
-    found += [
-        Implementation("dense torch.compile", op, _compiled_dense, compiled=True) for op in every
-    ]
-    found += [
+    found = [Implementation("dense eager", op, dense) for op in (*training, "score")]
+    for op in training:
+        found += [
+            Implementation("dense torch.compile", op, _compiled_dense, compiled=True),
+            Implementation(
+                "F.linear_cross_entropy",
+                op,
+                _torch_linear_cross_entropy,
+                largest=1e10,
+                note="default options",
+            ),
+        ]
+    # Its kernel needs a GPU; on a CPU it compiles the dense computation with dynamic shapes.
+    found.append(
         Implementation(
-            "F.linear_cross_entropy",
-            op,
-            _torch_linear_cross_entropy,
-            largest=1e10,
-            note="default options",
+            "Cut Cross-Entropy",
+            "cross_entropy",
+            _cut_cross_entropy,
+            compiled=True,
+            note="impl='torch_compile'",
         )
-        for op in training
-    ]
-    found += [
-        Implementation(
-            "Cut Cross-Entropy", op, _cut_cross_entropy, compiled=True, note="torch_compile"
-        )
-        for op in training
-    ]
+    )
     found.append(Implementation("Liger fused", "cross_entropy", _liger_fused))
     found.append(
         Implementation(
@@ -207,5 +199,5 @@ def peers() -> list[Implementation]:
         )
     )
     found.append(Implementation("torchtune-style chunks", "cross_entropy", _torchtune_style))
-    found += [Implementation("TRL-style chunks", op, _trl_style, gemms=8) for op in ("logprob",)]
+    found.append(Implementation("TRL-style chunks", "logprob", _trl_style, gemms=8))
     return found

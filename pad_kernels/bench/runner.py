@@ -74,7 +74,7 @@ def _ignored(args: argparse.Namespace, chosen: list[Case], device: torch.device)
         case = same[len(same) // 2]
         wanted = [i for i in all_implementations() if i.op == op and (i.ours or "eager" in i.name)]
         _say(f"{case.name}: {IGNORED_SHARE:.0%} of the rows ignored")
-        rows += measure_ignored(case, [i for i in wanted if args.impl in i.name], 5, device)
+        rows += measure_ignored(case, [i for i in wanted if args.impl in i.name], 3, device)
     return rows
 
 

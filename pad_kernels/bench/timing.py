@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from pad_kernels.bench.cases import Case, Inputs
 
-# So that a run stays short: what takes over SLOW times the floor is timed in SLOW_ROUNDS rounds,
-# and over HOPELESS times the floor, if that is seconds, in one step.
+# So that a run stays short: rounds end after PATIENCE seconds, but not before the second; what
+# takes over SLOW times the floor is timed in SLOW_ROUNDS rounds, and over HOPELESS times the floor,
+# if that is seconds, in one step.
+PATIENCE = 15.0
 SLOW, SLOW_ROUNDS = 2.5, 2
 HOPELESS, SECONDS = 5.0, 1.0
 
@@ -120,7 +123,9 @@ def time_rounds(
     repeats: int,
     gemms: int,
 ) -> Measured:
-    """Run every step once a round, in an order that rotates, and the floor at the round's start.
+    """Run every step once a round, in an order drawn for each, and the floor at its start.
+
+    What ran before leaves memory and caches behind, so that no step may always follow the same one.
 
     Args:
         steps: name → one warmed-up step.
@@ -132,16 +137,17 @@ def time_rounds(
     Returns:
         Seconds by name and round; None where a slow implementation sat a round out.
     """
-    device, names = inputs.hidden.device, list(steps)
+    device, names, began = inputs.hidden.device, list(steps), time.perf_counter()
     measured = Measured({name: [] for name in names}, [])
     gc.collect()
     gc.disable()
     try:
         for index in range(repeats):
+            if index >= 2 and time.perf_counter() - began > PATIENCE:
+                break
             inputs.clear()
             measured.floors.append(floor.round(device))
-            first = index % max(len(names), 1)
-            for name in names[first:] + names[:first]:
+            for name in random.Random(index).sample(names, len(names)):
                 done = [s for s in measured.seconds[name] if s is not None]
                 limit = SLOW * measured.floors[0][gemms]
                 if len(done) >= SLOW_ROUNDS and min(done) > limit:
