@@ -56,13 +56,14 @@ class GradientBuffers:
         self._weight_started = False
         if needs[0]:
             shape = (problem.tokens, student.hidden.shape[1])
-            self.hidden = empty(shape, student.hidden.dtype, device)
+            self.hidden = empty(shape, student.hidden.dtype, device, limit=problem.limit)
             if problem.live is not None or problem.rows == 0:
                 self.hidden.zero_()
             if early and student.hidden.dtype == torch.float16:
                 self._hidden_sum = workspace.empty(*shape, dtype=accumulate).zero_()
         if needs[1]:
-            self.weight = empty(tuple(problem.weight.shape), student.weight.dtype, device)
+            whole = tuple(problem.weight.shape)
+            self.weight = empty(whole, student.weight.dtype, device, limit=problem.limit)
             self.weight[problem.recipe.vocab if problem.rows else 0 :].zero_()
             if plan.weight_accumulator:
                 shape = (problem.recipe.vocab, student.weight.shape[1])

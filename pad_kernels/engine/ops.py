@@ -47,6 +47,12 @@ def _kept_shape(recipe: Recipe, plan: Plan) -> tuple[int, int, int]:
     return (len(recipe.heads), plan.kept_rows, recipe.vocab)
 
 
+def _kept_logits(problem: Problem, plan: Plan) -> Tensor:
+    """Room for the logits that the plan keeps."""
+    shape, gemm = _kept_shape(problem.recipe, plan), problem.recipe.gemm
+    return empty(shape, gemm, problem.device, limit=problem.limit, workspace=True)
+
+
 def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
     named = dict(zip(recipe.input_names, inputs, strict=True))
     return sum(s.width(named) for s in recipe.statistics)
@@ -105,7 +111,7 @@ def token_outputs(
             return values, greedy, _nothing(values), _nothing(hidden)
         plan = op_plan(todo, hidden, weight, teachers, reduced=False)
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
-        kept = empty(_kept_shape(todo, plan), todo.gemm, hidden.device)
+        kept = _kept_logits(problem, plan)
         with account.holding(kept):
             return (*_forward(problem, plan, kept), kept)
 
@@ -262,7 +268,7 @@ def weighted_sum(
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, used)
         if plan.schedule == "early" and any(todo.needs):
             return _early(problem, plan, coefficients)
-        kept = empty(_kept_shape(todo, plan), todo.gemm, hidden.device)
+        kept = _kept_logits(problem, plan)
         with account.holding(kept):
             values, _, stats = _forward(problem, plan, kept)
         return _sum_outputs(_weighted(values, coefficients), stats=stats, kept=kept)

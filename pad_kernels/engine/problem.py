@@ -78,9 +78,13 @@ class Problem:
     def workspace(self, plan: Plan) -> Workspace:
         """The workspace of one pass of the plan; kept logits are not part of it."""
         kept = len(self.streams) * plan.kept_rows * self.recipe.vocab * self.recipe.gemm.itemsize
+        return Workspace(self.device, plan.workspace_bytes - kept, self.limit)
+
+    @property
+    def limit(self) -> int:
+        """Bytes of workspace that the op may use."""
         default = default_budget(self.device.type, _device_bytes(self.device))
-        limit = self.recipe.request.budget or default
-        return Workspace(self.device, plan.workspace_bytes - kept, limit - kept)
+        return self.recipe.request.budget or default
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -1,11 +1,14 @@
-"""The one place that workspace comes from, accounted for: tests hold plans to their word."""
+"""The one place that memory comes from, accounted for: tests hold plans to their word."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -44,42 +47,107 @@ class Account:
 account = Account()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; full of NaN where a test asks for it."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    return tensor.fill_(math.nan) if account.poison and dtype.is_floating_point else tensor
+@dataclass(eq=False)
+class _Block:
+    """Some CPU memory, and the count of requests when it was last used."""
+
+    memory: Tensor  # (bytes / 8,), float64
+    used: int = 0
 
 
-class _Slab:
-    """One CPU buffer that is kept from one pass to the next, so that its pages stay mapped.
+class _Pool:
+    """CPU memory that is kept from one op to the next, so that its pages stay mapped.
 
-    Faulting in a fresh 100 MiB buffer takes longer than a bfloat16 row pass over it. The slab is
-    never larger than the workspace that the ops were allowed, and one pass at a time uses it.
+    The C library gives every large tensor fresh pages and takes them back with it. Faulting in
+    96 MiB inside a matrix product costs more than a bfloat16 product that fills them. What lies
+    idle here and what workspaces hold never exceed the limit of the last op together.
     """
 
+    #: Smaller tensors keep their pages without help.
+    LEAST = 4 << 20
+    #: Sizes are whole multiples of this, so that lengths that differ a little share a block.
+    STEP = 2 << 20
+    #: Requests that a block may miss before it is let go.
+    PATIENCE = 64
+
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._memory: Tensor | None = None
+        # Reentrant: a garbage collection in the middle of a request may give a block back.
+        self._lock = threading.RLock()
+        self._idle: list[_Block] = []
+        self._requests = self._lent = self._limit = 0
 
-    def acquire(self, wanted: int, limit: int) -> Tensor | None:
-        """At least ``wanted`` and at most ``limit`` bytes; None if another pass has the slab."""
-        if wanted > limit or not self._lock.acquire(blocking=False):
+    def take(self, nbytes: int, limit: int, *, workspace: bool) -> torch.UntypedStorage | None:
+        """At least ``nbytes``; None if it is too little or too much to be kept.
+
+        The memory comes back by itself when no tensor uses the storage any more. ``workspace`` says
+        that it counts towards the limit while it is out, as gradients do not.
+        """
+        size = -(-nbytes // self.STEP) * self.STEP
+        if nbytes < self.LEAST or size > limit:
             return None
-        if self._memory is None or not wanted <= self._memory.nbytes <= limit:
-            self._memory = None  # before the new one is there
-            # Outside inference mode, or no later pass could write to it.
-            with torch.inference_mode(False):
-                self._memory = empty((wanted // 8,), torch.float64, torch.device("cpu"))
-        return self._memory
+        with self._lock:
+            self._requests, self._limit = self._requests + 1, limit
+            fitting = [b for b in self._idle if size <= b.memory.nbytes <= size * 5 // 4]
+            block = min(fitting, key=lambda b: b.memory.nbytes, default=None)
+            if block is not None:
+                self._idle.remove(block)
+            self._trim(limit - self._lent - (size if workspace else 0))
+            if block is None:
+                # Outside inference mode, or no later op could write to it.
+                with torch.inference_mode(False):
+                    block = _Block(torch.empty(size // 8, dtype=torch.float64))
+            held = block.memory.nbytes if workspace else 0
+            self._lent += held
+        view = (ctypes.c_char * block.memory.nbytes).from_address(block.memory.data_ptr())
+        weakref.finalize(view, self._give, block, held).atexit = False
+        return torch.frombuffer(view, dtype=torch.float64).untyped_storage()
 
-    def release(self) -> None:
-        """Let the next pass have it."""
-        self._lock.release()
+    def _give(self, block: _Block, held: int) -> None:
+        with self._lock:
+            self._lent -= held
+            block.used = self._requests
+            idle = sum(b.memory.nbytes for b in self._idle)
+            # The newcomer goes if there is no room: what came first is what the next step asks
+            # for first.
+            if idle + block.memory.nbytes <= self._limit - self._lent:
+                self._idle.append(block)
+
+    def _trim(self, room: int) -> None:
+        """Let go of what nobody asked for in a long time, and of the oldest beyond ``room``."""
+        latest = self._requests - self.PATIENCE
+        self._idle = [b for b in self._idle if b.used >= latest]
+        while sum(b.memory.nbytes for b in self._idle) > max(room, 0) and self._idle:
+            self._idle.remove(min(self._idle, key=lambda b: b.used))
 
 
-_slab = _Slab()
+_pool = _Pool()
 _ALIGNMENT = 128
 _ROOM = 32 * _ALIGNMENT
+
+
+def empty(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    limit: int = 0,
+    workspace: bool = False,
+) -> Tensor:
+    """Uninitialised memory; full of NaN where a test asks for it.
+
+    ``limit`` is the op's workspace limit in bytes, ``workspace`` whether this is part of it.
+    """
+    storage = None
+    if device.type == "cpu":
+        nbytes = math.prod(shape) * dtype.itemsize
+        storage = _pool.take(nbytes, limit, workspace=workspace)
+    if storage is None:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        # Not a view of a larger tensor: the caller's gradients come from here too.
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        tensor = torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
+    return tensor.fill_(math.nan) if account.poison and dtype.is_floating_point else tensor
 
 
 class Workspace:
@@ -88,19 +156,23 @@ class Workspace:
     Args:
         device: where the buffers lie.
         wanted: bytes the pass will need at most; 0 if unknown or too little to keep.
-        limit: bytes it may use: a larger slab is not kept.
+        limit: bytes that the op may use.
     """
 
     def __init__(self, device: torch.device, wanted: int = 0, limit: int = 0) -> None:
-        # Whole float64 numbers, with room for the alignment of every buffer.
-        self.device, self._wanted = device, -(-(wanted and wanted + _ROOM) // 8) * 8
-        self._limit = max(limit, self._wanted)
+        # With room for the alignment of every buffer.
+        self.device, self._wanted = device, wanted and wanted + _ROOM
+        # Whoever allows exactly what is wanted does not mean to forbid that room.
+        self._limit = max(limit, self._wanted + _Pool.STEP)
         self._bytes = self._offset = 0
         self._slab: Tensor | None = None
 
     def __enter__(self) -> Workspace:
         if self.device.type == "cpu" and self._wanted:
-            self._slab = _slab.acquire(self._wanted, self._limit)
+            words = -(-self._wanted // 8)
+            self._slab = empty(
+                (words,), torch.float64, self.device, limit=self._limit, workspace=True
+            )
         return self
 
     def __exit__(
@@ -110,9 +182,7 @@ class Workspace:
         trace: TracebackType | None,
     ) -> None:
         account.add(-self._bytes)
-        if self._slab is not None:
-            self._slab = None
-            _slab.release()
+        self._slab = None
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A buffer that counts until the pass ends."""
