@@ -25,7 +25,7 @@ from pad_kernels.demo import (
     wording,
 )
 from pad_kernels.demo.outcome import Estimate, Outcome, Result
-from pad_kernels.demo.pipeline import run
+from pad_kernels.demo.pipeline import Console, prepare, run
 from pad_kernels.demo.sampling import EOS
 from pad_kernels.demo.settings import METHODS, SMALL, ModelSize
 
@@ -149,33 +149,56 @@ def test_command_prints_where_the_report_is(
 # Text
 
 
-def test_nothing_held_out_was_trained_on(outcome: Outcome) -> None:
+def test_nothing_held_out_was_trained_on() -> None:
     found = corpus.read_corpus(SMALL)
-    assert not set(found.train) & set(found.held_out)
-    train = set(found.texts())
-    held = [text for texts in found.held_out.values() for text in texts]
-    assert len(train) == len(found.texts()) and len(held) > 30
-    assert not train & set(held)
+    assert not set(found.reference) & set(found.held_out)
+    train = found.training_texts()
+    held = corpus.in_order(found.held_out)
+    assert len(set(train)) == len(train) and len(held) > 60
+    assert not set(train) & set(held)
+    prose = [*train, *held]
+    assert all(len(text.split()) >= 8 and ">>>" not in text for text in prose)
 
 
-def test_corpus_with_docstrings_is_larger_and_prose() -> None:
-    topics = corpus.read_corpus(SMALL)
-    everything = corpus.read_corpus(dataclasses.replace(SMALL, use_docstrings=True))
-    assert everything.characters() > 4 * topics.characters() > 400_000
-    assert all(len(text.split()) >= 8 and ">>>" not in text for text in everything.texts())
+def test_modules_bound_the_docstrings_and_not_the_reference() -> None:
+    some = corpus.read_corpus(SMALL)
+    few = corpus.read_corpus(dataclasses.replace(SMALL, modules=5))
+    assert 0 < len(few.docstrings) <= 5 < len(some.docstrings) <= 25
+    assert few.held_out.keys() == some.held_out.keys()
+    share = sum(map(len, corpus.in_order(some.held_out)))
+    share /= share + sum(map(len, corpus.in_order(some.reference)))
+    assert SMALL.held_out_share <= share < SMALL.held_out_share + 0.06
 
 
-def test_documents_are_split_by_seed() -> None:
+def test_topics_are_held_out_by_seed() -> None:
     first, second = (corpus.read_corpus(dataclasses.replace(SMALL, seed=s)) for s in (0, 1))
     assert set(first.held_out) != set(second.held_out)
 
 
+def test_only_the_teacher_reads_the_reference() -> None:
+    found = prepare(SMALL, Console(quiet=True))
+    reference = corpus.encode(found.tokenizer, corpus.in_order(found.corpus.reference))
+    repeated = len(found.teacher_reads) - len(found.student_reads)
+    assert repeated == SMALL.reference_repeats * len(reference)
+    student = {tuple(tokens) for tokens in found.student_reads}
+    assert not student & {tuple(tokens) for tokens in (*reference, *found.held_out)}
+    read = "\n".join(found.corpus.training_texts())
+    for prompt in found.held_out_prompts.tolist():
+        assert found.tokenizer.decode(prompt) not in read
+
+
 def test_openings_are_different_long_enough_and_not_to_be_avoided() -> None:
-    long = list(range(30))
-    documents = [long, [*long[:20], *range(90, 100)], [5, *long], [1, 2, 3], [7, *long]]
-    settings = dataclasses.replace(SMALL, prompt_tokens=4, response_tokens=20)
-    found = corpus.openings(documents, settings, 10, {(7, 0, 1, 2)})
-    assert sorted(found.tolist()) == [[0, 1, 2, 3], [5, 0, 1, 2]]
+    words = [f"word{i}" for i in range(40)]
+    long = " ".join(words)
+    texts = [long, f"{long} Again {' '.join(reversed(words))}", f"{long}. {long.title()}", "word1"]
+    tokenizer = corpus.train_tokenizer(texts * 3, 300)
+    settings = dataclasses.replace(SMALL, prompt_tokens=4)
+    found = corpus.openings(tokenizer, texts, settings, 10)
+    starts = sorted(tokenizer.decode(tokens) for tokens in found.tolist())
+    assert len(starts) == 2 and long.startswith(starts[1]) and long.title().startswith(starts[0])
+    left = corpus.openings(tokenizer, texts, settings, 10, avoid=long)
+    assert [tokenizer.decode(tokens) for tokens in left.tolist()] == starts[:1]
+    assert len(corpus.openings(tokenizer, texts, settings, 1)) == 1
 
 
 def test_tokenizer_round_trip() -> None:

@@ -1,10 +1,12 @@
 """The demo's text: English prose that ships with CPython, split by document, and its tokenizer.
 
-`pydoc_data.topics` is the language reference that `help()` prints, about 79 topics. It is too
-little for a language model, so the docstrings of the standard library, read from its source files
-and never imported, come on top. One *document* is a topic or a top-level module. A paragraph that
-occurs twice is kept once, and whole documents are held out, so that no held-out paragraph was
-trained on.
+Two kinds of it, so that a teacher can know what its student does not:
+
+- the *reference*: `pydoc_data.topics`, about 79 topics of the language reference for `help()`;
+- *docstrings* of the standard library, read from its source files, which are not imported.
+
+A paragraph that occurs twice is kept once, and whole topics are held out, so that no held-out
+paragraph was trained on.
 """
 
 from __future__ import annotations
@@ -16,33 +18,33 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from pydoc_data import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
 from pad_kernels.demo.settings import Settings
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
-NOT_PROSE = {"test", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "antigravity", "this"}
+NOT_PROSE = {"test", "idlelib", "lib2to3", "turtledemo", "antigravity", "this"}
 MIN_WORDS = 8  # shorter paragraphs are headings and captions
 MIN_LETTERS = 0.72  # letters and spaces; below this a paragraph is code, a table or a grammar
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Paragraphs of prose by document, and which documents are held out."""
+    """Paragraphs of prose: docstrings by module, the reference by topic, topics held out."""
 
-    train: dict[str, list[str]]
+    docstrings: dict[str, list[str]]
+    reference: dict[str, list[str]]
     held_out: dict[str, list[str]]
 
-    def texts(self) -> list[str]:
-        """All training paragraphs, in a fixed order."""
-        return in_order(self.train)
-
-    def characters(self) -> int:
-        """Characters of training text."""
-        return sum(len(text) for text in self.texts())
+    def training_texts(self) -> list[str]:
+        """Every paragraph that may be trained on."""
+        return in_order(self.docstrings) + in_order(self.reference)
 
 
 def in_order(documents: dict[str, list[str]]) -> list[str]:
@@ -65,12 +67,6 @@ def paragraphs(text: str) -> Iterator[str]:
             yield line
 
 
-def _topics() -> Iterator[tuple[str, str]]:
-    from pydoc_data import topics  # not on every PATH of a packager's CPython; the caller explains
-
-    yield from ((f"topic:{name}", text) for name, text in topics.topics.items())
-
-
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -88,16 +84,14 @@ def _modules() -> Iterator[tuple[str, str]]:
     for name in sorted(sys.stdlib_module_names - NOT_PROSE):
         files = [root / f"{name}.py"] if (root / f"{name}.py").is_file() else []
         files += sorted((root / name).rglob("*.py")) if (root / name).is_dir() else []
-        text = "\n\n".join(
-            doc for file in files if "test" not in file.parts for doc in _docstrings(file)
-        )
+        sources = (file for file in files if "test" not in file.parts)
+        text = "\n\n".join(docstring for file in sources for docstring in _docstrings(file))
         if text:
-            yield f"module:{name}", text
+            yield name, text
 
 
-def _deduplicated(documents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def _deduplicated(documents: Iterable[tuple[str, str]], seen: set[str]) -> dict[str, list[str]]:
     """Paragraphs by document; one found in several documents stays with the shortest of them."""
-    seen: set[str] = set()
     kept: dict[str, list[str]] = {}
     for name, text in sorted(documents, key=lambda item: (len(item[1]), item[0])):
         for paragraph in paragraphs(text):
@@ -108,21 +102,22 @@ def _deduplicated(documents: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def read_corpus(settings: Settings) -> Corpus:
-    """Read the text and hold documents out until `settings.held_out_share` of it is held out."""
-    sources = [*_topics(), *(_modules() if settings.use_docstrings else ())]
-    kept = _deduplicated(sources)
-    names = sorted(kept)
+    """Read the text and hold topics out until `settings.held_out_share` of the reference is."""
+    seen: set[str] = set()
+    reference = _deduplicated(topics.topics.items(), seen)
+    docstrings = _deduplicated(islice(_modules(), settings.modules), seen)
+    names = sorted(reference)
     random.Random(settings.seed).shuffle(names)
-    # A document that is a large part of the corpus would be all of the held-out set.
-    total = sum(len(text) for name in names for text in kept[name])
+    total = sum(len(text) for text in in_order(reference))
     held: dict[str, list[str]] = {}
     size = 0
     for name in names:
-        length = sum(map(len, kept[name]))
-        if size < settings.held_out_share * total and length < 0.04 * total:
-            held[name] = kept[name]
+        length = sum(map(len, reference[name]))
+        # A topic that is most of the held-out text would be all that is measured.
+        if size < settings.held_out_share * total and length < 0.06 * total:
+            held[name] = reference.pop(name)
             size += length
-    return Corpus({name: kept[name] for name in sorted(kept) if name not in held}, held)
+    return Corpus(docstrings, reference, held)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -147,19 +142,33 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [[bos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(texts)]
 
 
-def openings(
-    documents: list[list[int]], settings: Settings, count: int, avoid: set[tuple[int, ...]]
-) -> torch.Tensor:
-    """The first tokens of up to `count` different long paragraphs, as prompts [P, prompt_tokens].
+def sentences(texts: Iterable[str]) -> list[str]:
+    """Cut paragraphs into pieces that start a sentence, each running to its paragraph's end.
 
-    Openings in `avoid` are left out: paragraphs that differ later on can begin alike.
+    >>> sentences(["It is so. But see below."])
+    ['It is so. But see below.', 'But see below.']
+    """
+    pieces = []
+    for text in texts:
+        starts = [0, *(match.end() for match in re.finditer(r"[.:] (?=[A-Z])", text))]
+        pieces += [text[start:] for start in starts]
+    return pieces
+
+
+def openings(
+    tokenizer: Tokenizer, texts: list[str], settings: Settings, count: int, avoid: str = ""
+) -> Tensor:
+    """The first tokens of up to `count` different sentences, as prompts [P, prompt_tokens].
+
+    An opening that occurs in the text `avoid` is left out: sentences that differ can begin alike.
     """
     length = settings.prompt_tokens
-    found = {
-        tuple(tokens[:length]): None
-        for tokens in documents
-        if len(tokens) >= length + settings.response_tokens // 2
-    }
-    prompts = [opening for opening in found if opening not in avoid]
+    found: dict[tuple[int, ...], None] = {}
+    for tokens in encode(tokenizer, sentences(texts)):
+        if len(tokens) >= length + 8:  # something is left to continue
+            opening = tokens[:length]
+            if not avoid or tokenizer.decode(opening) not in avoid:
+                found[tuple(opening)] = None
+    prompts = list(found)
     random.Random(settings.seed).shuffle(prompts)
     return torch.tensor(prompts[:count])

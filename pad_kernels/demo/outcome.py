@@ -65,7 +65,7 @@ class Result:
         teacher_logprob: the teacher's mean log-prob a token of what this student writes now.
         length: tokens of these fresh responses.
         distinct: share of their neighbouring token pairs that are different.
-        text_loss: next-token loss on held-out documents, that is on text that people wrote.
+        text_loss: next-token loss on held-out topics of the reference, which people wrote.
         seconds: time of preference training.
         written: the fresh responses.
     """
@@ -104,14 +104,13 @@ class Sample:
 class Outcome:
     """Everything that one run of the demo measured.
 
-    Pairs are (train, held out) documents and prompts, and (teacher, student) parameters and
-    held-out next-token losses.
+    Pairs are (train, held out) topics and prompts, and (teacher, student) training tokens,
+    parameters and held-out next-token losses.
     """
 
     settings: Settings
-    documents: tuple[int, int]
-    characters: int
-    tokens: int
+    topics: tuple[int, int]
+    tokens: tuple[int, int]
     vocabulary: int
     prompts: tuple[int, int]
     parameters: tuple[int, int]
@@ -146,7 +145,7 @@ class Outcome:
             "held_out_tau": {curve.name: curve.y for curve in self.taus},
             "held_out_loss": {curve.name: curve.y for curve in self.losses},
         }
-        names = ("documents", "characters", "tokens", "vocabulary", "prompts", "parameters")
+        names = ("topics", "tokens", "vocabulary", "prompts", "parameters")
         facts = {name: getattr(self, name) for name in (*names, "text_losses")}
         samples = [dataclasses.asdict(sample) for sample in self.samples]
         return {**facts, "students": students, "curves": curves, "samples": samples}

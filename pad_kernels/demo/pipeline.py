@@ -25,11 +25,12 @@ STAGES = 6
 
 @dataclass
 class Material:
-    """The text in all its forms."""
+    """The text as tokens: what each model reads, what is held out, and the prompts."""
 
     corpus: text.Corpus
     tokenizer: Tokenizer
-    train: list[list[int]]
+    teacher_reads: list[list[int]]
+    student_reads: list[list[int]]
     held_out: list[list[int]]
     prompts: Tensor
     held_out_prompts: Tensor
@@ -87,21 +88,36 @@ def prepare(settings: Settings, console: Console) -> Material:
         tick("reading the documentation that ships with CPython")
         found = text.read_corpus(settings)
         tick("training a BPE tokenizer")
-        tokenizer = text.train_tokenizer(found.texts(), settings.vocab_size)
-        train = text.encode(tokenizer, found.texts())
-        held_out = text.encode(tokenizer, text.in_order(found.held_out))
-        every_opening = {tuple(tokens[: settings.prompt_tokens]) for tokens in train}
-        prompts = text.openings(train, settings, settings.train_prompts, set())
-        held_prompts = text.openings(held_out, settings, settings.held_out_prompts, every_opening)
+        texts = found.training_texts()
+        tokenizer = text.train_tokenizer(texts, settings.vocab_size)
+        docstrings = text.encode(tokenizer, text.in_order(found.docstrings))
+        reference = text.encode(tokenizer, text.in_order(found.reference))
+        material = Material(
+            found,
+            tokenizer,
+            docstrings + reference * settings.reference_repeats,
+            docstrings,
+            text.encode(tokenizer, text.in_order(found.held_out)),
+            text.openings(
+                tokenizer, text.in_order(found.reference), settings, settings.train_prompts
+            ),
+            text.openings(
+                tokenizer,
+                text.in_order(found.held_out),
+                settings,
+                settings.held_out_prompts,
+                avoid="\n".join(texts),
+            ),
+        )
         tick("")
-    tokens = sum(map(len, train))
+    for name, documents in (("docstrings", docstrings), ("language reference", reference)):
+        console.say(f"      {name}: {sum(map(len, documents)):,} tokens")
     console.say(
-        f"      {len(found.train)} documents, {found.characters() / 1e6:.2f} million characters, "
-        f"{tokens:,} tokens of {tokenizer.get_vocab_size():,} kinds; "
-        f"{len(found.held_out)} more documents held out"
+        f"      {tokenizer.get_vocab_size():,} kinds of tokens; "
+        f"{len(material.prompts)} prompts to train on; held out: {len(found.held_out)} topics "
+        f"with {len(material.held_out_prompts)} prompts"
     )
-    console.say(f"      {len(prompts)} prompts to train on, {len(held_prompts)} held out")
-    return Material(found, tokenizer, train, held_out, prompts, held_prompts)
+    return material
 
 
 def pretrain_model(
@@ -110,12 +126,12 @@ def pretrain_model(
     """Train a fresh model on the text; returns it, its curve and its held-out loss."""
     network = models.build(size, settings)
     model = LanguageModel(network, material.tokenizer.get_vocab_size())
-    count = sum(parameter.numel() for parameter in model.parameters())
-    title = f"Pre-train the {name}: {count / 1e6:.1f} million parameters, {size.steps} steps"
+    documents = material.teacher_reads if name == "teacher" else material.student_reads
+    title = f"Pre-train the {name}: {_count(model) / 1e6:.1f} million parameters"
     with console.stage(title, size.steps) as tick:
-        curve = pretrain.train(model, size, material.train, settings, name, tick)
+        curve = pretrain.train(model, size, documents, settings, name, tick)
         held_out = pretrain.evaluate(model, material.held_out, settings)
-    console.say(f"      {held_out:.3f} nats a token on held-out documents")
+    console.say(f"      {held_out:.3f} nats a token on held-out topics of the reference")
     return model, curve, held_out
 
 
@@ -244,9 +260,8 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Outcome:
     costs = measure_costs(settings, console)
     outcome = Outcome(
         settings=settings,
-        documents=(len(material.corpus.train), len(material.corpus.held_out)),
-        characters=material.corpus.characters(),
-        tokens=sum(map(len, material.train)),
+        topics=(len(material.corpus.reference), len(material.corpus.held_out)),
+        tokens=(_tokens(material.teacher_reads), _tokens(material.student_reads)),
         vocabulary=material.tokenizer.get_vocab_size(),
         prompts=(len(material.prompts), len(material.held_out_prompts)),
         parameters=(_count(teacher), _count(student)),
@@ -267,6 +282,10 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Outcome:
 
 def _count(model: LanguageModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _tokens(documents: list[list[int]]) -> int:
+    return sum(map(len, documents))
 
 
 def _samples(

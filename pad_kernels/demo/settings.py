@@ -52,36 +52,37 @@ class Settings:
 
     seed: int = 0
 
-    # Text. Weights have `vocab_size` rows; a tokenizer that ends with fewer tokens uses the first.
-    use_docstrings: bool = True
-    held_out_share: float = 0.1
+    # Text: docstrings of `modules` modules (None: all) for both models, and the reference for the
+    # teacher, some times over. Weights have `vocab_size` rows; a tokenizer that ends with fewer
+    # tokens uses the first of them.
+    modules: int | None = None
+    reference_repeats: int = 3
+    held_out_share: float = 0.25
     vocab_size: int = 8192
 
     # Models, next-token prediction on blocks of `block` tokens.
     softcap: float = 30.0
-    teacher: ModelSize = field(default_factory=lambda: ModelSize(192, 3, 512, 4, steps=450))
+    teacher: ModelSize = field(default_factory=lambda: ModelSize(192, 3, 512, 4, steps=500))
     student: ModelSize = field(default_factory=lambda: ModelSize(128, 2, 384, 4, steps=220))
     block: int = 128
     batch: int = 8
 
-    # Sampling: n responses a prompt; a prompt is the beginning of a paragraph.
-    train_prompts: int = 320
-    held_out_prompts: int = 128
+    # Sampling: n responses a prompt; a prompt is the beginning of a sentence of the reference.
+    train_prompts: int = 1024
+    held_out_prompts: int = 192
     prompt_tokens: int = 12
     response_tokens: int = 48
     least_tokens: int = 24
     responses: int = 4
-    temperature: float = 0.8
+    temperature: float = 1.0
 
     # Preference training. Each step of each method sends the same number of responses through.
     step_responses: int = 64
-    preference_steps: int = 60
-    checkpoints: int = 5
-    pad: Method = field(default_factory=lambda: Method(4, beta=10.0, learning_rate=5e-4))
-    dpo: Method = field(default_factory=lambda: Method(2, beta=0.1, learning_rate=5e-4))
-    simpo: Method = field(
-        default_factory=lambda: Method(2, beta=10.0, learning_rate=5e-4, gamma=1.0)
-    )
+    preference_steps: int = 120
+    checkpoints: int = 6
+    pad: Method = field(default_factory=lambda: Method(4, beta=4.0, learning_rate=2e-4))
+    dpo: Method = field(default_factory=lambda: Method(2, beta=0.1, learning_rate=5e-5))
+    simpo: Method = field(default_factory=lambda: Method(2, 4.0, learning_rate=2e-4, gamma=0.5))
 
     shown_samples: int = 4
 
@@ -96,7 +97,7 @@ class Settings:
 
 
 SMALL = Settings(
-    use_docstrings=False,
+    modules=25,
     vocab_size=1024,
     teacher=ModelSize(48, 2, 96, 2, steps=40),
     student=ModelSize(32, 1, 64, 2, steps=20),
