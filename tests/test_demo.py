@@ -244,6 +244,27 @@ def test_wording_is_honest_about_who_wins(outcome: Outcome) -> None:
     assert "within chance" in wording.change(same, "tau")
 
 
+def test_verdict_names_every_figure_once(outcome: Outcome) -> None:
+    base = [0.1 * math.sin(i) for i in range(50)]
+
+    def shifted(loss: float, tau: float, logprob: float) -> Outcome:
+        def result(each: Result, scale: float) -> Result:
+            loss_, tau_, logprob_ = (
+                Estimate(tuple(x + scale * by for x in base)) for by in (loss, tau, logprob)
+            )
+            return dataclasses.replace(each, loss=loss_, tau=tau_, teacher_logprob=logprob_)
+
+        results = [result(each, float(each.name == "pad")) for each in outcome.results]
+        return dataclasses.replace(outcome, results=results)
+
+    loss, tau, logprob = (name for name, *_ in wording.METRICS.values())
+    assert wording.verdict(shifted(-1, 1, 1)) == f"PAD improved {loss}, {tau} and {logprob}."
+    mixed = wording.verdict(shifted(1, 1, 0))
+    assert mixed == f"PAD improved {tau} but worsened {loss}; {logprob} stayed within chance."
+    chance = wording.verdict(shifted(0, 0, 0))
+    assert chance == f"With PAD {loss}, {tau} and {logprob} stayed within chance."
+
+
 # The example
 
 

@@ -78,6 +78,7 @@ def html(outcome: Outcome) -> str:
         orders=math.factorial(outcome.settings.responses),
         labels=plots.LABELS,
         colours=plots.COLOURS,
+        verdict=wording.verdict(outcome),
         changes=[wording.change(outcome, metric) for metric in metrics],
         comparisons=[wording.against(outcome, metric) for metric in metrics],
         price=wording.price(outcome),

@@ -81,8 +81,8 @@ class Settings:
     preference_steps: int = 120
     checkpoints: int = 6
     pad: Method = field(default_factory=lambda: Method(4, beta=4.0, learning_rate=2e-4))
-    dpo: Method = field(default_factory=lambda: Method(2, beta=0.1, learning_rate=5e-5))
-    simpo: Method = field(default_factory=lambda: Method(2, 4.0, learning_rate=2e-4, gamma=0.5))
+    dpo: Method = field(default_factory=lambda: Method(2, beta=0.1, learning_rate=2e-5))
+    simpo: Method = field(default_factory=lambda: Method(2, 4.0, learning_rate=5e-5, gamma=0.5))
 
     shown_samples: int = 4
 

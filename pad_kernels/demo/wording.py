@@ -38,6 +38,34 @@ def change(outcome: Outcome, metric: str, method: str = "pad") -> str:
     return f"{name[0].upper()}{name[1:]} {verb} {figures} ({size})."
 
 
+def listed(names: list[str]) -> str:
+    """Join names as in a sentence.
+
+    >>> listed(["one", "two", "three"])
+    'one, two and three'
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def verdict(outcome: Outcome, method: str = "pad") -> str:
+    """Which figures a method improved, worsened or left within chance, as one sentence.
+
+    For example: "PAD improved the preference loss; Kendall's tau stayed within chance."
+    """
+    groups: dict[str, list[str]] = {"improved": [], "worsened": [], "same": []}
+    for metric, (name, direction, _) in METRICS.items():
+        before = getattr(outcome.result("before"), metric)
+        difference = getattr(outcome.result(method), metric) - before
+        kind = "improved" if difference.mean * direction > 0 else "worsened"
+        groups[kind if clear(difference) else "same"].append(name)
+    parts = [f"{kind} {listed(groups[kind])}" for kind in ("improved", "worsened") if groups[kind]]
+    text = f"{LABELS[method]} {' but '.join(parts)}" if parts else ""
+    if groups["same"]:
+        chance = f"{listed(groups['same'])} stayed within chance"
+        text = f"{text}; {chance}" if text else f"With {LABELS[method]} {chance}"
+    return f"{text}."
+
+
 def against(outcome: Outcome, metric: str) -> str:
     """PAD beside the other methods on one figure, as a sentence."""
     name, direction, form = METRICS[metric]
