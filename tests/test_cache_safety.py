@@ -95,6 +95,15 @@ def test_resumes_at_the_first_missing_row(whole: Path, tmp_path: Path, dataset: 
     assert content(tmp_path) == content(whole)
 
 
+def test_what_a_killed_writer_left_is_swept_away(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        write(tmp_path, dying(12))
+    for left in ("shard-00099.safetensors", "shard-00098.safetensors.tmp", "manifest.json.tmp"):
+        (tmp_path / left).write_bytes(b"half")
+    write(tmp_path)
+    assert content(tmp_path) == content(whole)
+
+
 def test_a_finished_cache_is_not_run_again(copy: Path, whole: Path) -> None:
     assert len(write(copy, dying(0))) == ROWS
     assert content(copy) == content(whole)
@@ -147,6 +156,19 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     ):
         TeacherCacheWriter(tmp_path, INFO)
     TeacherCacheWriter(tmp_path, INFO).close()
+
+
+def test_a_closed_writer_writes_nothing(tmp_path: Path) -> None:
+    with TeacherCacheWriter(tmp_path, INFO) as writer:
+        writer.append(torch.arange(4)[None], -torch.ones(1, 4), [1])
+    for late in (
+        lambda: writer.append(torch.arange(4)[None], -torch.ones(1, 4), [1]),
+        writer.finish,
+    ):
+        with pytest.raises(ValueError, match="has a closed writer"):
+            late()
+    with TeacherCacheWriter(tmp_path, INFO) as writer:
+        assert writer.rows == 0
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class CacheInfo:
         reference: name of the reference model, for "advantage" and only there.
         dataset: whatever tells this dataset, its order and its tokens from others; may be "".
         dtype: what values are stored as: "float32", "float64", or "float16", which rounds a value
-            by up to 2**-11 of itself and refuses those beyond 65504.
+            by up to 2**-11 of itself (3e-8 where that is more) and refuses those beyond 65504.
         softcap, logit_scale, temperature: options of the (aligned) head.
         reference_softcap, reference_logit_scale, reference_temperature: of the reference's head.
 

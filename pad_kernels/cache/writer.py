@@ -58,7 +58,7 @@ class TeacherCacheWriter:
         path: directory: a new one, or an unfinished cache with the same ``info``.
         info: what is written.
         shard_bytes: a shard is written once it holds this much: what an interruption can cost, and
-            about a third of what the writer needs in memory.
+            about a quarter of what the writer needs in memory.
 
     Raises:
         ValueError: the directory holds something else, a damaged cache, or one whose info differs.
@@ -116,8 +116,7 @@ class TeacherCacheWriter:
         Raises:
             TypeError, ValueError: any of that does not hold, or the cache is finished.
         """
-        if self.complete:
-            raise ValueError(f"the cache {self._path} is finished, with {self.rows} rows")
+        self._check_open()
         shape = (ids.shape[0] if isinstance(ids, Tensor) and ids.dim() else 0, self.info.k)
         check_tensor("ids", ids, dtypes=(torch.int64, torch.int32), shape=shape)
         check_tensor("values", values, dtypes=FLOATS, shape=shape)
@@ -138,6 +137,13 @@ class TeacherCacheWriter:
         if sum(i.nbytes + v.nbytes for i, v, _ in self._buffer) >= self._limit:
             self._flush()
 
+    def _check_open(self) -> None:
+        if self.complete or self._lock is None:
+            state = (
+                f"is finished, with {self.rows} rows" if self.complete else "has a closed writer"
+            )
+            raise ValueError(f"the cache {self._path} {state}")
+
     def _flush(self) -> None:
         columns = [torch.cat(parts) for parts in zip(*self._buffer, strict=True)]
         data = save(dict(zip(("ids", "values", "lengths"), columns, strict=True)))
@@ -150,6 +156,7 @@ class TeacherCacheWriter:
 
     def finish(self) -> None:
         """Write what is left and mark the cache as complete."""
+        self._check_open()
         if self._buffer:
             self._flush()
         manifest = replace(self._manifest, complete=True)
