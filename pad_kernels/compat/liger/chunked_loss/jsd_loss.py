@@ -40,7 +40,10 @@ class _Mixture:
             divergence_weight=self.soft,
             ignore_index=self.ignore_index,
         )
-        return out.loss, out.divergence, out.cross_entropy
+        assert out.loss is not None and out.divergence is not None
+        assert out.cross_entropy is not None
+        # The parts come with their weights, which Liger's are without.
+        return out.loss, out.divergence / self.soft, out.cross_entropy / self.hard
 
     def divergence(self) -> Tensor:
         return pk.linear_divergence(
