@@ -1,0 +1,87 @@
+"""The adapters' module trees: where existing code looks for names, it finds them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pad_kernels.compat import liger
+
+LOSSES = ("cpo", "dpo", "jsd", "kto", "orpo", "simpo")
+CLASSES = {"cpo": "CPO", "dpo": "DPO", "jsd": "JSD", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO"}
+
+#: module below liger_kernel -> names
+LIGER = {
+    "chunked_loss": [f"LigerFusedLinear{CLASSES[x]}Loss" for x in LOSSES],
+    "chunked_loss.functional": [f"liger_fused_linear_{x}" for x in LOSSES],
+    "transformers": ["LigerFusedLinearCrossEntropyLoss", "LigerFusedLinearJSD"],
+    "transformers.functional": [
+        "CrossEntropyOutput",
+        "liger_fused_linear_cross_entropy",
+        "liger_fused_linear_jsd",
+    ],
+    "transformers.fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
+    "transformers.fused_linear_jsd": ["LigerFusedLinearJSD"],
+    "ops": ["LigerFusedLinearCrossEntropyFunction", "LigerFusedLinearJSDFunction"],
+    "utils": ["infer_device", "is_npu_available"],
+} | {
+    f"chunked_loss.{x}_loss": [
+        f"LigerFusedLinear{CLASSES[x]}Function",
+        f"LigerFusedLinear{CLASSES[x]}Loss",
+    ]
+    for x in LOSSES
+}
+
+
+@pytest.fixture
+def swapped() -> Iterator[None]:
+    """``liger_kernel`` is ours for a while, as the documentation has it."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_liger(name)}
+    sys.modules["liger_kernel"] = liger
+    yield
+    for name in list(sys.modules):
+        if _is_liger(name):
+            del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def _is_liger(name: str) -> bool:
+    return name.split(".")[0] == "liger_kernel"
+
+
+@pytest.mark.parametrize("module", LIGER)
+def test_names(module: str) -> None:
+    found = importlib.import_module(f"pad_kernels.compat.liger.{module}")
+    assert [name for name in LIGER[module] if not hasattr(found, name)] == []
+
+
+@pytest.mark.usefixtures("swapped")
+@pytest.mark.parametrize("module", LIGER)
+def test_whole_package_swapped(module: str) -> None:
+    found = importlib.import_module(f"liger_kernel.{module}")
+    assert [name for name in LIGER[module] if not hasattr(found, name)] == []
+
+
+@pytest.mark.usefixtures("swapped")
+def test_swapped_package_works() -> None:
+    functional = importlib.import_module("liger_kernel.chunked_loss.functional")
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4)
+    loss, _ = functional.liger_fused_linear_cpo(hidden, weight, torch.zeros(2, 3).long())
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.any()
+
+
+def test_modules_keep_their_settings_as_attributes() -> None:
+    """Trainers read and change them, so that they count at the time of the call."""
+    module = liger.LigerFusedLinearCPOLoss(beta=0.5)
+    hidden, weight = torch.randn(2, 3, 4), torch.randn(9, 4)
+    target = torch.randint(9, (2, 3))
+    before, _ = module(weight, hidden, target)
+    module.beta = 2.0
+    after, _ = module(weight, hidden, target)
+    assert after == liger.LigerFusedLinearCPOLoss(beta=2.0)(weight, hidden, target)[0] != before
