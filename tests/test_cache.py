@@ -129,6 +129,24 @@ def test_head_options_and_padding(tmp_path: Path) -> None:
     torch.testing.assert_close(cache[11][1].double(), expected.values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_student_learns_from_the_cache_as_from_the_teacher(
+    cache: TeacherCache, tail: str
+) -> None:
+    rows = [0, 12, 5, 33]
+    packed = torch.cat([hidden([row]) for row in rows])
+    student = pk.Head(torch.randn(len(packed), 6), torch.randn(VOCAB, 6))
+    live = pk.TopKTeacher(*pk.linear_topk(packed, weight(1), K), tail)
+    loss, expected = (
+        pk.linear_divergence(student, teacher, kind="forward_kl")
+        for teacher in (cache.teacher(rows, tail=tail, device="cpu"), live)
+    )
+    assert expected > 0.1
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="kind: expected a cache of kind 'advantage'"):
+        cache.advantage(rows)
+
+
 def test_advantage(tmp_path: Path) -> None:
     info = replace(ADVANTAGE, temperature=2.0, reference_softcap=4.0)
 
@@ -146,6 +164,13 @@ def test_advantage(tmp_path: Path) -> None:
         torch.testing.assert_close(
             cache[row][1].double(), ratio.gather(-1, ids), rtol=1e-5, atol=1e-5
         )
+    kept = cache.pack([30, 1])
+    student = pk.Head(torch.randn(len(kept.ids), 6), torch.randn(VOCAB, 6))
+    found = pk.linear_expected_advantage(student, cache.advantage([30, 1]), reduction="sum")
+    probability = (student.hidden @ student.weight.T).softmax(-1).gather(-1, kept.ids)
+    torch.testing.assert_close(found, (probability * kept.values).sum(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="kind: expected a cache of kind 'teacher'"):
+        cache.teacher([1])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -300,7 +325,8 @@ def test_tokenizer_hash() -> None:
         {"a": 0, "b": 1, "c": 2},
         {"a": 0, "B": 1},
     ]
-    others += [{"\ud800": 0}, {"a1 1 b": 0}, {}]
+    # and some whose tokens and ids, written one after the other, look alike
+    others += [{"\ud800": 0}, {"a11b": 0}, {"1a": 1}, {"a": 11}, {"1 a": 0}, {}]
     assert len({same, *map(tokenizer_hash, others)}) == 1 + len(others)
     assert tokenizer_hash('{"a": 0}') != tokenizer_hash('{"a": 1}')
     for wrong in (7, ["a"], {"a": "0"}, {3: 0}):

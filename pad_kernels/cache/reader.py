@@ -15,6 +15,7 @@ from torch import Tensor
 from pad_kernels._checks import check_integer, fail_value
 from pad_kernels.cache.info import CacheInfo
 from pad_kernels.cache.store import Manifest, shard_name
+from pad_kernels.offline import TopKAdvantage, TopKTeacher
 
 
 class CachedRows(NamedTuple):
@@ -138,7 +139,27 @@ class TeacherCache:
         shards = [self._shard(i)[1].diff() for i in range(len(self._manifest.shards))]
         return torch.cat(shards) if shards else torch.zeros(0, dtype=torch.int64)
 
-    def _of_kind(self, kind: str, rows: Sequence[int] | Tensor) -> CachedRows:
+    def teacher(
+        self, rows: Sequence[int] | Tensor, *, tail: str = "bucket", device: Any = None
+    ) -> TopKTeacher:
+        """Rows of a cache of kind "teacher", packed, as the losses take them.
+
+        Args:
+            rows: as in :meth:`pack`; the student's hidden states [tokens, H] are packed alike.
+            tail: as in :class:`pad_kernels.TopKTeacher`.
+            device: where to put them; default the CPU.
+        """
+        ids, logprobs = self._of_kind("teacher", rows, device)
+        return TopKTeacher(ids, logprobs, tail)
+
+    def advantage(self, rows: Sequence[int] | Tensor, *, device: Any = None) -> TopKAdvantage:
+        """Rows of a cache of kind "advantage", packed; arguments as in :meth:`teacher`."""
+        return TopKAdvantage(*self._of_kind("advantage", rows, device))
+
+    def _of_kind(
+        self, kind: str, rows: Sequence[int] | Tensor, device: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.info.kind != kind:
             fail_value("kind", f"a cache of kind {kind!r}", repr(self.info.kind))
-        return self.pack(rows)
+        packed = self.pack(rows)
+        return packed.ids.to(device), packed.values.to(device)
