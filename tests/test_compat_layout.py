@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from pad_kernels.compat import liger
+from pad_kernels.compat.cut_cross_entropy import linear_cross_entropy
 
 LOSSES = ("cpo", "dpo", "jsd", "kto", "orpo", "simpo")
 CLASSES = {"cpo": "CPO", "dpo": "DPO", "jsd": "JSD", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO"}
@@ -85,3 +87,38 @@ def test_modules_keep_their_settings_as_attributes() -> None:
     module.beta = 2.0
     after, _ = module(weight, hidden, target)
     assert after == liger.LigerFusedLinearCPOLoss(beta=2.0)(weight, hidden, target)[0] != before
+
+
+def _dpo(hidden: Tensor, weight: Tensor) -> Tensor:
+    target = torch.arange(20).reshape(4, 5)
+    module = liger.LigerFusedLinearDPOLoss(compute_nll_loss=True)
+    return module(weight, hidden, target, None, hidden.detach() * 2, weight.detach())[0]
+
+
+def _kto(hidden: Tensor, weight: Tensor) -> Tensor:
+    target, good = torch.arange(20).reshape(4, 5), torch.arange(4) < 2
+    loss, metrics = liger.LigerFusedLinearKTOLoss()(hidden, weight, target, None, good)
+    return loss + metrics[2]
+
+
+def _jsd(hidden: Tensor, weight: Tensor) -> Tensor:
+    rows, labels = hidden.reshape(20, -1), torch.arange(20)
+    return liger.LigerFusedLinearJSDLoss(temperature=2.0)(
+        rows, weight, rows.detach(), 2 * weight.detach(), labels
+    )
+
+
+def _cce(hidden: Tensor, weight: Tensor) -> Tensor:
+    targets = torch.arange(20).reshape(4, 5)
+    return linear_cross_entropy(hidden, weight, targets, shift=True, return_lse=True)[0]
+
+
+@pytest.mark.parametrize("call", [_dpo, _kto, _jsd, _cce])
+def test_compiles_in_one_graph(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    results = []
+    hidden, weight = torch.randn(4, 5, 8), torch.randn(23, 8)
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = function(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(results[1], results[0])

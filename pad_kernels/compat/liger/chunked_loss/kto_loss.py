@@ -70,7 +70,7 @@ class LigerFusedLinearKTOFunction:
         point = _reference_point(kl, reference)
         out = pk.kto_loss(logprob, reference + point, good, kl=0.0, beta=beta)
         values = (logprob, summed_logits(_input, weight, bias), beta * (logprob - reference))
-        metrics = [x.detach()[of].sum() for x in values for of in (good, ~good)]
+        metrics = [torch.where(of, x.detach(), 0.0).sum() for x in values for of in (good, ~good)]
         return out.loss, tuple(metrics)
 
 
