@@ -32,7 +32,7 @@ def measure(dtype: torch.dtype, rows: int, cols: int, threads: int, repeats: int
     native = registry.native()
     if native is None:
         raise SystemExit(registry.native_error())
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = torch.float64  # of all that there is one of per row
     name = str(dtype).removeprefix("torch.")
     logits = (torch.randn(rows, cols) * 3).to(dtype)
     out = torch.empty_like(logits)
@@ -46,17 +46,16 @@ def measure(dtype: torch.dtype, rows: int, cols: int, threads: int, repeats: int
         moment.zero_()
         stream = (logits.data_ptr(), cols, 0, 1.0, softcap, 1.0)
         state = ([maxima.data_ptr()], [sums.data_ptr()])
-        native.row_statistics(name, [stream], rows, cols, 0, *state, moments, 0, 0, 0, threads)
+        native.row_statistics(name, [stream], rows, cols, 0, *state, moments, threads=threads)
 
     def gradient(softcap: float, q: list[int]) -> None:
         stream = (logits.data_ptr(), cols, 0, 1.0, softcap, 1.0)
         state = ([maxima.data_ptr()], [sums.data_ptr()])
-        coefficients = (0, c1.data_ptr(), q, [])
-        sparse = (label.data_ptr(), value.data_ptr(), 1)
+        terms = native.GradientTerms()
+        terms.c1, terms.q = c1.data_ptr(), q
+        terms.sparse, terms.sparse_values = (label.data_ptr(), 1), value.data_ptr()
         target = (out.data_ptr(), cols)
-        native.row_gradient(
-            name, [stream], rows, cols, 0, *state, *target, *coefficients, *sparse, 0, 0, threads
-        )
+        native.row_gradient(name, [stream], rows, cols, 0, *state, *target, terms, threads=threads)
 
     passes: dict[str, tuple[int, Callable[[], object]]] = {
         "copy": (2, lambda: out.copy_(logits)),

@@ -12,8 +12,10 @@
 
 namespace pad {
 
-constexpr int kMaxStreams = 3;  // student, and one or two teachers
+constexpr int kMaxStreams = 4;  // student, and up to three teachers
 constexpr int kMaxMoments = 4;
+
+enum class DivergenceKind { jsd, skew_forward_kl, skew_reverse_kl, tvd };
 
 namespace PAD_ISA {
 
@@ -83,6 +85,55 @@ template <class T>
 PAD_HD T exp_of(T x) {
   const ExpParts<T> parts = exp_parts(x > ExpRange<T>::highest ? ExpRange<T>::highest : x);
   return x < ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
+}
+
+// log(1 + y) for y in (-1, 0], about 1 ulp. 1 + y = 2^k f with f in [sqrt(1/2), sqrt(2)); where
+// k is 0 the series takes y itself, so that a small y keeps its digits.
+template <class T>
+struct LogReduction;
+template <>
+struct LogReduction<float> {
+  using Bits = int32_t;
+  static constexpr int32_t half = 0x3f3504f3;  // sqrt(1/2)
+  static constexpr int mantissa = 23;
+};
+template <>
+struct LogReduction<double> {
+  using Bits = int64_t;
+  static constexpr int64_t half = 0x3fe6a09e667f3bcdll;
+  static constexpr int mantissa = 52;
+};
+// atanh(q) / q - 1 over q^2, q^2 <= 0.0295: the Taylor series, to below 1 ulp.
+PAD_HD float atanh_series(float z) {
+  float q = 1.0f / 11;
+  q = q * z + 1.0f / 9;
+  q = q * z + 1.0f / 7;
+  q = q * z + 1.0f / 5;
+  return q * z + 1.0f / 3;
+}
+PAD_HD double atanh_series(double z) {
+  double q = 1.0 / 23;
+  q = q * z + 1.0 / 21;
+  q = q * z + 1.0 / 19;
+  q = q * z + 1.0 / 17;
+  q = q * z + 1.0 / 15;
+  q = q * z + 1.0 / 13;
+  q = q * z + 1.0 / 11;
+  q = q * z + 1.0 / 9;
+  q = q * z + 1.0 / 7;
+  q = q * z + 1.0 / 5;
+  return q * z + 1.0 / 3;
+}
+template <class T>
+PAD_HD T log1p_of(T y) {
+  using Bits = typename LogReduction<T>::Bits;
+  const Bits bits = bits_as<Bits>(T(1) + y);
+  const Bits k = (bits - LogReduction<T>::half) >> LogReduction<T>::mantissa;
+  const T reduced = bits_as<T>(Bits(bits - k * (Bits(1) << LogReduction<T>::mantissa))) - T(1);
+  const T f = k == 0 ? y : reduced;
+  const T q = f / (T(2) + f);
+  const T z = q * q;
+  return T(k) * T(0.693147180559945309417) + T(2) * (q + q * z * atanh_series(z));
 }
 
 // tanh with an error of about 1 ulp at every size of x: an odd polynomial (Chebyshev fits of
@@ -176,11 +227,13 @@ PAD_HD T larger(T left, T right) {
   return (left > right || left != left) ? left : right;
 }
 
-// M = sum_v exp(a_w - max_w) * sum_j c_j (a_j - max_j)
+// M = sum_v exp(a_w - max_w) * sum_j c_j (a_j - max_j). A log-ratio of two streams has coefficients
+// 1 and -1, and over and under are their numbers; else they are -1.
 template <class T>
 struct Moment {
   int weight;                   // w
   T coefficients[kMaxStreams];  // c_j
+  int over, under;
 };
 
 template <class T>
@@ -263,6 +316,62 @@ PAD_HD void merge(RowState<T>& into, const RowState<T>& other, int streams,
 template <class T>
 PAD_HD T inverse_of(T sum) {
   return sum == T(0) ? T(0) : T(1) / sum;
+}
+
+// ---------------------------------------------------------------- divergences of two sweeps
+
+// What one vocabulary entry adds to a divergence between student and teacher probabilities s and t.
+// `value` is balanced by a multiple of s - t, so that it is never below 0 but for rounding; `slope`
+// is s d(value)/ds, and the gradient by the student's logit is slope - s * (sum of slopes).
+template <class T>
+struct Outcome {
+  T value, slope, s;
+};
+
+// One row's constants: s = exp(a_s - shift) * inverse, and log t/s = (x_t - x_s) - log_sums.
+template <class T>
+struct OutcomeRow {
+  T shift_s, shift_t, inverse_s, inverse_t, log_sums;
+};
+
+// The mixture is m = w t + (1 - w) s. Logarithms are taken of m over the larger of s and t, which
+// lies in (0, 1]: neither huge ratios nor nearly equal probabilities lose digits.
+template <DivergenceKind kKind, class T>
+PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
+  const T x_s = a_s - row.shift_s, x_t = a_t - row.shift_t;
+  if (kKind == DivergenceKind::tvd) {
+    const T s = exp_of(x_s) * row.inverse_s, t = exp_of(x_t) * row.inverse_t;
+    const T gap = s - t;
+    const T sign = gap > T(0) ? T(0.5) : (gap < T(0) ? T(-0.5) : gap);
+    return {gap * sign, s * sign, s};
+  }
+  const T w = kKind == DivergenceKind::skew_reverse_kl ? T(1) - alpha : alpha;
+  // An entry that neither has: any finite ratio does, it weighs nothing.
+  const bool neither = x_s == -T(INFINITY) && x_t == -T(INFINITY);
+  const T ratio = neither ? T(0) : (x_t - x_s) - row.log_sums;  // log t/s
+  const bool leads = ratio >= T(0);                             // the teacher has more
+  const T size = leads ? ratio : -ratio;
+  const T clamped = size > -ExpRange<T>::lowest ? -ExpRange<T>::lowest : size;
+  const ExpParts<T> parts = exp_parts(-clamped);
+  const T less = parts.scale * parts.tail + (parts.scale - T(1));  // smaller / larger - 1
+  const T larger = exp_of(leads ? x_t : x_s) * (leads ? row.inverse_t : row.inverse_s);
+  const T part = parts.scale * parts.tail + parts.scale;
+  const T smaller = larger * part;
+  const T s = leads ? smaller : larger, t = leads ? larger : smaller;
+  const T y = (leads ? T(1) - w : w) * less;
+  const T below = log1p_of(y);  // log m/larger
+  const T of_student = (leads ? -ratio : T(0)) - below;  // log s/m
+  const T of_teacher = (leads ? T(0) : ratio) - below;   // log t/m
+  if (kKind == DivergenceKind::jsd) {
+    const T slope = (T(1) - alpha) * weighted(s, of_student);
+    return {alpha * weighted(t, of_teacher) + slope, slope, s};
+  }
+  const T inverse = T(1) / (T(1) + y);  // larger / m
+  if (kKind == DivergenceKind::skew_forward_kl)
+    return {weighted(t, of_teacher) + (T(1) - alpha) * (s - t),
+            (alpha - T(1)) * (smaller * inverse), s};
+  const T value = weighted(s, of_student);
+  return {value + (alpha - T(1)) * (s - t), value - alpha * s * (leads ? part : T(1)) * inverse, s};
 }
 
 }  // namespace PAD_ISA

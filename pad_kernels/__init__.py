@@ -14,9 +14,16 @@ from pad_kernels.api import (
     option_logprobs,
 )
 from pad_kernels.backends.base import available_backends
+from pad_kernels.distill import DistillOutput, linear_distill
+from pad_kernels.divergences import (
+    linear_divergence,
+    linear_expected_advantage,
+    token_mean_weights,
+)
 from pad_kernels.engine.explain import explain
 from pad_kernels.engine.plan import Plan, PlanRequest, workspace_limit
 from pad_kernels.heads import Head
+from pad_kernels.offline import TopKAdvantage, TopKTeacher
 from pad_kernels.sequence import (
     KTOOutput,
     ListwiseEstimate,
@@ -34,6 +41,7 @@ from pad_kernels.sequence import (
 )
 
 __all__ = [
+    "DistillOutput",
     "Head",
     "KTOOutput",
     "ListwiseEstimate",
@@ -43,6 +51,8 @@ __all__ = [
     "PlanRequest",
     "TokenStats",
     "TopK",
+    "TopKAdvantage",
+    "TopKTeacher",
     "__version__",
     "available_backends",
     "calibrated_rewards",
@@ -50,6 +60,9 @@ __all__ = [
     "explain",
     "kto_loss",
     "linear_cross_entropy",
+    "linear_distill",
+    "linear_divergence",
+    "linear_expected_advantage",
     "linear_logprob",
     "linear_preference_loss",
     "linear_token_stats",
@@ -60,5 +73,6 @@ __all__ = [
     "orpo_loss",
     "pairwise_preference_loss",
     "sequence_reward",
+    "token_mean_weights",
     "workspace_limit",
 ]

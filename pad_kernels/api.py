@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
-    FLOATS,
-    INTEGERS,
     check_choice,
-    check_flag,
     check_integer,
     check_number,
     check_tensor,
     fail_value,
 )
+from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
 from pad_kernels.engine.call import Call, weighted
 from pad_kernels.engine.plan import Plan, PlanRequest
 from pad_kernels.engine.topk import topk
@@ -29,7 +27,6 @@ from pad_kernels.functionals import (
     SquaredLogSumExp,
 )
 from pad_kernels.heads import Head
-from pad_kernels.sequence.rewards import checked_offsets
 
 PlanLike = PlanRequest | Plan | str | None
 
@@ -50,45 +47,6 @@ class TopK(NamedTuple):
     logprobs: Tensor
 
 
-def shifted_labels(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Labels such that row i predicts label i + 1; the last of each sequence predicts nothing."""
-    shifted = torch.full_like(labels, ignore_index)
-    shifted[..., :-1] = labels[..., 1:]
-    if cu_seqlens is not None and labels.shape[0]:
-        # The position before each start belongs to the sequence before; -1 is the last anyway.
-        starts = checked_offsets(cu_seqlens, labels.shape[0])[:-1]
-        shifted[starts - 1] = ignore_index
-    return shifted
-
-
-def _check_labels(
-    labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None
-) -> Tensor:
-    check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), device=hidden.device)
-    if labels.shape != hidden.shape[:-1]:
-        expected = f"hidden's leading shape {tuple(hidden.shape[:-1])}"
-        fail_value("labels", expected, f"shape {tuple(labels.shape)}")
-    check_integer("ignore_index", ignore_index)
-    check_flag("shift", shift)
-    labels = labels.to(torch.int64)
-    if cu_seqlens is not None:
-        integers = (torch.int64, torch.int32)
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=integers, ndim=1, device=hidden.device)
-        if cu_seqlens.shape[0] == 0:
-            fail_value("cu_seqlens", "at least one boundary", "none")
-        if not shift:
-            fail_value("cu_seqlens", "shift=True to go with it", "shift=False")
-        if labels.dim() != 1:
-            fail_value(
-                "cu_seqlens", "packed labels [N] to go with it", f"{labels.dim()} dimensions"
-            )
-    if shift:
-        if labels.dim() == 0:
-            fail_value("labels", "a sequence dimension to shift along", "a 0-d tensor")
-        labels = shifted_labels(labels, ignore_index, cu_seqlens)
-    return labels
-
-
 def _call(
     head: Head,
     labels: Tensor,
@@ -99,7 +57,7 @@ def _call(
 ) -> Call:
     """Check a head and its labels and make them a call over flat rows."""
     call = Call(head, plan=plan, ignore_index=ignore_index)
-    aligned = _check_labels(labels, head.hidden, ignore_index, shift, cu_seqlens)
+    aligned = check_labels(labels, head.hidden, ignore_index, shift, cu_seqlens)
     call.inputs["labels"] = aligned.reshape(-1, 1)
     return call
 
@@ -255,8 +213,8 @@ def linear_cross_entropy(
     z_weight = check_number("z_loss", z_loss, at_least=0.0)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = _call(head, labels, ignore_index, shift, cu_seqlens, plan)
-    weights = _check_weights(token_weights, labels)
-    divisor = _check_normalizer(normalizer, reduction, hidden.device)
+    weights = check_weights("token_weights", token_weights, labels.shape, labels.device)
+    divisor = check_normalizer(normalizer, reduction, hidden.device)
 
     terms: list[tuple[Functional, float]] = [(LogProb(), smoothing - 1)]
     if smoothing:
@@ -271,42 +229,8 @@ def linear_cross_entropy(
         loss = (values * factors.unsqueeze(1)).sum(0).reshape(labels.shape)
         return loss if weights is None else weighted(loss, weights.to(call.accumulate))
     counted = (call.inputs["labels"] != ignore_index).reshape(-1)
-    per_token = counted.to(call.accumulate)
-    if weights is not None:
-        per_token = torch.where(counted, weights.reshape(-1).to(call.accumulate), 0.0)
-    if reduction == "mean":
-        if divisor is None:
-            divisor = counted.sum().clamp(min=1)
-        # Where, not only division: no tokens and a normaliser of 0 make a mean of 0.
-        per_token = torch.where(counted, per_token / divisor, 0.0)
-    return call.total(functionals, factors.unsqueeze(1) * per_token)
-
-
-def _check_weights(weights: Tensor | None, labels: Tensor) -> Tensor | None:
-    if weights is not None:
-        shape = tuple(labels.shape)
-        check_tensor("token_weights", weights, dtypes=FLOATS, shape=shape, device=labels.device)
-    return weights
-
-
-def _check_normalizer(
-    normalizer: float | Tensor | None, reduction: str, device: torch.device
-) -> float | Tensor | None:
-    if normalizer is None:
-        return None
-    if reduction != "mean":
-        fail_value("normalizer", "reduction='mean' to go with it", f"reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        # A 0-d tensor on the CPU goes with tensors anywhere.
-        on = normalizer.device if normalizer.device.type == "cpu" else device
-        check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), ndim=0, device=on)
-        if normalizer.requires_grad:
-            fail_value("normalizer", "a tensor that does not require grad", "one that does")
-        if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
-            # 0 is what a trainer counts in a batch without tokens, whose mean is 0.
-            check_number("normalizer", normalizer.item(), at_least=0.0)
-        return normalizer
-    return check_number("normalizer", normalizer, above=0.0)
+    per_token = per_token_weights(weights, counted, reduction, divisor, call.accumulate)
+    return call.total(functionals, factors.unsqueeze(1) * per_token)[0]
 
 
 def linear_topk(

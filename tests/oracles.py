@@ -97,21 +97,49 @@ def cross_entropy(
     return loss + z_loss * torch.logsumexp(z, -1) ** 2 if z_loss else loss
 
 
-def jensen_shannon(zs: Tensor, zt: Tensor, alpha: float) -> Tensor:
-    """alpha KL(t||m) + (1 - alpha) KL(s||m) with m = alpha t + (1 - alpha) s."""
-    s, t = F.log_softmax(zs, -1), F.log_softmax(zt, -1)
-    both = torch.stack((t + math.log(alpha), s + math.log(1 - alpha)))
-    m = torch.logsumexp(both.masked_fill(both == -torch.inf, -1e30), 0)
+def _log_mixture(over: Tensor, under: Tensor, weight: float) -> Tensor:
+    """log(weight over + (1 - weight) under), finite where neither has any probability."""
+    both = torch.stack((over + math.log(weight), under + math.log(1 - weight)))
+    return torch.logsumexp(both.masked_fill(both == -torch.inf, -1e30), 0)
+
+
+def divergence(kind: str, alpha: float, s: Tensor, t: Tensor) -> Tensor:
+    """Between distributions given as log-probs [N, outcomes] of student and teacher."""
+    if kind == "forward_kl":
+        return expectation(t, t - s)
+    if kind == "reverse_kl":
+        return expectation(s, s - t)
+    if kind == "tvd":
+        return (s.exp() - t.exp()).abs().sum(-1) / 2
+    if kind == "skew_reverse_kl":
+        return expectation(s, s - _log_mixture(t, s, 1 - alpha))
+    m = _log_mixture(t, s, alpha)
+    if kind == "skew_forward_kl":
+        return expectation(t, t - m)
     return alpha * expectation(t, t - m) + (1 - alpha) * expectation(s, s - m)
 
 
-def topk_forward_kl(z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    """KL over k + 1 outcomes; the student's tail by logsumexp over everything not kept."""
+def between(kind: str, alpha: float, zs: Tensor, zt: Tensor) -> Tensor:
+    """Divergence between the softmaxes of logits [N, V]."""
+    return divergence(kind, alpha, F.log_softmax(zs, -1), F.log_softmax(zt, -1))
+
+
+def topk_divergence(f: Any, z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Over k + 1 outcomes; the student's tail by logsumexp over everything not kept."""
     student = F.log_softmax(z, -1)
     tail = torch.logsumexp(student.scatter(1, ids, -torch.inf), -1, keepdim=True)
     rest = (1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=0)
     teacher = torch.cat((logprobs.to(z.dtype), rest.log().to(z.dtype)), 1)
-    return expectation(teacher, teacher - torch.cat((student.gather(1, ids), tail), 1))
+    return divergence(f.kind, f.alpha, torch.cat((student.gather(1, ids), tail), 1), teacher)
+
+
+def advantage(zs: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    """The student's mean of log(over / under)."""
+    return expectation(F.log_softmax(zs, -1), F.log_softmax(over, -1) - F.log_softmax(under, -1))
+
+
+def topk_advantage(z: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    return (F.softmax(z, -1).gather(1, ids) * values.to(z.dtype)).sum(1)
 
 
 #: name in the registry -> values [outputs, N] from (parameters, logits of every stream, inputs)
@@ -121,10 +149,16 @@ FORMULAS: dict[str, Callable[[Any, list[Tensor], Mapping[str, Tensor]], Tensor]]
     "LogSumExp": lambda f, z, x: torch.logsumexp(z[0], -1)[None],
     "SquaredLogSumExp": lambda f, z, x: torch.logsumexp(z[0], -1)[None] ** 2,
     "LogitSum": lambda f, z, x: z[0].sum(-1)[None],
-    "JensenShannon": lambda f, z, x: jensen_shannon(z[0], z[1], f.alpha)[None],
-    "TopKForwardKL": lambda f, z, x: topk_forward_kl(z[0], x["teacher_ids"], x["teacher_logprobs"])[
-        None
-    ],
+    "ForwardKL": lambda f, z, x: between("forward_kl", 0, z[0], z[f.teacher])[None],
+    "ReverseKL": lambda f, z, x: between("reverse_kl", 0, z[0], z[f.teacher])[None],
+    "Divergence": lambda f, z, x: between(f.kind, f.alpha, z[0], z[f.teacher])[None],
+    "Advantage": lambda f, z, x: advantage(z[0], z[f.aligned], z[f.reference])[None],
+    "TopKDivergence": lambda f, z, x: topk_divergence(
+        f, z[0], x["teacher_ids"], x["teacher_logprobs"]
+    )[None],
+    "TopKAdvantage": lambda f, z, x: topk_advantage(
+        z[0], x["advantage_ids"], x["advantage_values"]
+    )[None],
 }
 
 

@@ -91,12 +91,12 @@ class State:
         self.streams, self.moments, self.threads = streams, moments, threads
         logits = streams[0].logits
         self.rows, self.cols = logits.shape
-        self.dtype, acc = str(logits.dtype)[6:], acc_of(logits.dtype)
-        self.maxima = torch.full((len(streams), self.rows), -INF, dtype=acc)
-        self.sums = torch.zeros(len(streams), self.rows, dtype=acc)
-        self.moment = torch.zeros(len(moments), self.rows, dtype=acc)
-        self.total = torch.zeros(self.rows, dtype=acc)
-        self.best = torch.full((self.rows,), -INF, dtype=acc)
+        self.dtype, number = str(logits.dtype)[6:], torch.float64
+        self.maxima = torch.full((len(streams), self.rows), -INF, dtype=number)
+        self.sums = torch.zeros(len(streams), self.rows, dtype=number)
+        self.moment = torch.zeros(len(moments), self.rows, dtype=number)
+        self.total = torch.zeros(self.rows, dtype=number)
+        self.best = torch.full((self.rows,), -INF, dtype=number)
         self.argmax = torch.full((self.rows,), -1)
 
     def add(self, begin: int = 0, end: int | None = None, offset: int = 0) -> "State":
@@ -113,7 +113,7 @@ class State:
             self.total.data_ptr(),
             self.argmax.data_ptr(),
             self.best.data_ptr(),
-            self.threads,
+            threads=self.threads,
         )
         return self
 
@@ -132,6 +132,8 @@ class Terms:
     p: Sequence[Tensor | None] = ()
     ids: Tensor | None = None
     values: Tensor | None = None
+    outside_ids: Tensor | None = None
+    outside: Tensor | None = None
 
 
 def address(tensor: Tensor | None) -> int:
@@ -150,22 +152,34 @@ def run_gradient(
     threads: int = 2,
 ) -> Tensor:
     logits = streams[0].logits
+    held: list[Tensor] = []
+
+    def doubles(tensor: Tensor | None) -> int:
+        """The address of the same numbers as float64; they live until this function returns."""
+        if tensor is None:
+            return 0
+        held.append(tensor.double().contiguous())
+        return held[-1].data_ptr()
+
+    given = C.GradientTerms()
+    given.c0, given.c1 = doubles(terms.c0), doubles(terms.c1)
+    given.q, given.p = [doubles(q) for q in terms.q], [doubles(p) for p in terms.p]
+    if terms.ids is not None:
+        given.sparse = (terms.ids.data_ptr(), terms.ids.shape[1])
+        given.sparse_values = doubles(terms.values)
+    if terms.outside_ids is not None:
+        given.outside = (terms.outside_ids.data_ptr(), terms.outside_ids.shape[1])
+        given.outside_value = doubles(terms.outside)
     C.row_gradient(
         str(logits.dtype)[6:],
         [stream.packed() for stream in streams],
         *logits.shape,
         offset,
-        [m.data_ptr() for m in maxima],
-        [s.data_ptr() for s in sums],
+        [doubles(m) for m in maxima],
+        [doubles(s) for s in sums],
         out.data_ptr(),
         out.stride(0),
-        address(terms.c0),
-        address(terms.c1),
-        [address(q) for q in terms.q],
-        [address(p) for p in terms.p],
-        address(terms.ids),
-        address(terms.values),
-        0 if terms.ids is None else terms.ids.shape[1],
+        given,
         tile,
         address(absmax),
         threads,
@@ -192,6 +206,9 @@ def oracle_gradient(
     factor = column(terms.c1) + torch.zeros_like(x[0])
     for q, v in zip(terms.q, x, strict=False):
         factor = factor + column(q) * v if q is not None else factor
+    if terms.outside_ids is not None:
+        listed = (terms.outside_ids[:, :, None] - offset == torch.arange(factor.shape[1])).any(1)
+        factor = factor + torch.where(listed, 0.0, column(terms.outside))
     d = column(terms.c0) + torch.where(shares[0] == 0, 0.0, shares[0] * factor)
     for p, share in zip(terms.p, shares, strict=False):
         d = d + column(p) * share if p is not None else d
@@ -211,12 +228,14 @@ def assert_as_good(
     """By norm: error <= k max(error of the dense computation in this dtype, eps ||exact||).
 
     ``scale`` is the size of what was subtracted to get there, where that is larger than the result.
+    What is float64 because there is one of it per row is judged as what it was computed from.
     """
-    got64, dense64 = got.double(), dense.to(got.dtype).double()
+    dtype = dense.dtype if got.dtype == torch.float64 else got.dtype
+    got64, dense64 = got.double(), dense.to(dtype).double()
     finite = exact.isfinite()
     torch.testing.assert_close(got64[~finite], exact[~finite], equal_nan=True)
     size = exact if scale is None else torch.maximum(exact.abs(), scale)
-    bound = torch.finfo(got.dtype).eps * size[finite].norm().item()
+    bound = torch.finfo(dtype).eps * size[finite].norm().item()
     bound = k * max(bound, (dense64 - exact)[finite].norm().item())
     error = (got64 - exact)[finite].norm().item()
     assert error <= bound, f"error {error:.3g}, bound {bound:.3g}"

@@ -18,15 +18,20 @@ from pad_kernels.engine.call import Call
 from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import (
     REGISTRY,
+    Advantage,
+    Divergence,
     Entropy,
+    ForwardKL,
     Functional,
-    JensenShannon,
     LogitSum,
     LogProb,
     LogSumExp,
+    ReverseKL,
     SquaredLogSumExp,
-    TopKForwardKL,
+    TopKAdvantage,
+    TopKDivergence,
 )
+from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 17, 333, 24, 31
@@ -39,9 +44,13 @@ EXAMPLES: list[Functional] = [
     LogSumExp(),
     SquaredLogSumExp(),
     LogitSum(),
-    JensenShannon(),
-    JensenShannon(0.1),
-    TopKForwardKL(),
+    ForwardKL(),
+    ReverseKL(2),
+    *(Divergence(kind, alpha) for kind in KINDS if kind not in ONE_SWEEP for alpha in (0.5, 0.1)),
+    Advantage(),
+    Advantage(2, 1),
+    *(TopKDivergence(kind, 0.3) for kind in KINDS),
+    TopKAdvantage(),
 ]
 every_functional = pytest.mark.parametrize("functional", EXAMPLES, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -71,7 +80,7 @@ class Setup:
     """A student, a teacher and per-row inputs; a few rows are ignored."""
 
     student: pk.Head
-    teacher: pk.Head
+    teachers: tuple[pk.Head, pk.Head]
     inputs: dict[str, Tensor]
 
     def call(self, functionals: Sequence[Functional], plan: Any) -> tuple[list[Tensor], Call]:
@@ -79,20 +88,22 @@ class Setup:
         s = self.student
         leaves = [x.detach().clone().requires_grad_() for x in (s.hidden, s.weight, s.bias)]
         student = replace(s, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
-        streams = max(f.streams for f in functionals)
-        return leaves, Call(
-            student, [self.teacher][: streams - 1], dict(self.inputs), ignore_index=-100, plan=plan
-        )
+        return leaves, self.of(student, functionals, plan)
+
+    def of(self, student: pk.Head, functionals: Sequence[Functional], plan: Any) -> Call:
+        """The call for a student, with as many teachers as the functionals read."""
+        count = max((j for f in functionals for j in f.teachers), default=0)
+        names = ("", "teacher.", "reference.")[: count + 1]
+        return Call(student, self.teachers[:count], dict(self.inputs), -100, plan, names)
 
     def compute(self, how: Dense, functionals: Sequence[Functional], grad: Tensor) -> list[Tensor]:
         """[values, gradients...] of a dense computation."""
-        s, t = self.student, self.teacher
+        s = self.student
         leaves = [how.leaf(x) for x in (s.hidden, s.weight, s.bias)]
-        teacher = [how.leaf(x, grad=False) for x in (t.hidden, t.weight, t.bias)]
-        z = [
-            how.logits(*leaves, s.softcap, s.logit_scale, s.temperature, s.vocab_size),
-            how.logits(*teacher, t.softcap, t.logit_scale, t.temperature, t.vocab_size),
-        ]
+        z = [how.logits(*leaves, s.softcap, s.logit_scale, s.temperature, s.vocab_size)]
+        for t in self.teachers:
+            tensors = [how.leaf(x, grad=False) for x in (t.hidden, t.weight, t.bias)]
+            z.append(how.logits(*tensors, t.softcap, t.logit_scale, t.temperature, t.vocab_size))
         ignored = self.inputs["labels"][:, 0] == -100
         inputs = {n: x.masked_fill(ignored[:, None], 0) for n, x in self.inputs.items()}
         values = torch.cat([FORMULAS[type(f).__name__](f, z, inputs) for f in functionals])
@@ -106,7 +117,7 @@ def _refused(functionals: Sequence[Functional], plan: Any) -> bool:
         return False
     if pk.available_backends()["cpp"] != "available":
         pytest.skip("the extension is not built")
-    if not any(isinstance(f, JensenShannon | TopKForwardKL) for f in functionals):
+    if len({s for f in functionals for s in f.statistics if s.sweep == 2}) <= 1:
         return False
     late = replace(plan, schedule="late", kept_rows=None)
     with pytest.raises(ValueError, match=r"plan: .* got 'cpp', which cannot"):
@@ -129,6 +140,7 @@ def setup(dtype: torch.dtype, softcap: float | None = 5.0, alike: bool = False) 
 
     student = head(HIDDEN, softcap=softcap, logit_scale=1.2, temperature=0.8)
     teacher = student if alike else head(TEACHER_HIDDEN, softcap=9.0, temperature=1.3)
+    reference = student if alike else head(HIDDEN)
     labels = torch.randint(VOCAB, (TOKENS, 1))
     labels[::6] = -100
     ids = torch.stack([torch.randperm(VOCAB)[:7] for _ in range(TOKENS)])
@@ -140,8 +152,10 @@ def setup(dtype: torch.dtype, softcap: float | None = 5.0, alike: bool = False) 
         "candidates": candidates,
         "teacher_ids": ids,
         "teacher_logprobs": kept.to(working),
+        "advantage_ids": ids.flip(1),
+        "advantage_values": torch.randn(TOKENS, 7).to(working),
     }
-    return Setup(student, teacher, inputs)
+    return Setup(student, (teacher, reference), inputs)
 
 
 def _outputs(functionals: Sequence[Functional], inputs: dict[str, Tensor]) -> int:
@@ -194,13 +208,14 @@ def check_total(
     case = setup(dtype, softcap)
     grad, oracle, careful = _reference(functionals, dtype, softcap)
     leaves, call = case.call(functionals, plan)
-    total = call.total(functionals, grad.to(call.accumulate))
+    total, summands = call.total(functionals, grad.to(call.accumulate))
+    assert not summands.requires_grad and float(summands.sum()) == float(total.detach())
     gradients = torch.autograd.grad(total, leaves)
     # A sum of N numbers of both signs is off by eps times the sum of their sizes.
-    summands, errors = oracle[0] * grad, (careful[0] - oracle[0]) * grad
+    terms, errors = oracle[0] * grad, (careful[0] - oracle[0]) * grad
     eps = 1e-12 if dtype == torch.float64 else torch.finfo(torch.float32).eps
-    floor = eps * float(summands.abs().sum())
-    assert abs(float(total.detach()) - float(summands.sum())) <= VALUES * max(
+    floor = eps * float(terms.abs().sum())
+    assert abs(float(total.detach()) - float(terms.sum())) <= VALUES * max(
         float(errors.norm()), floor
     )
     for gradient, a, b in zip(gradients, oracle[1:], careful[1:], strict=True):
@@ -231,6 +246,8 @@ SMOOTHING = (LogSumExp(), LogitSum(), LogProb())
 MIXTURES = {
     "smoothing": SMOOTHING,
     "one_stream": (*SMOOTHING, Entropy(), SquaredLogSumExp(), LogProb("candidates")),
+    "distill": (LogProb(), Entropy(), ForwardKL(), Advantage(1, 2), TopKAdvantage()),
+    "two_sweeps": (LogProb(), Divergence("skew_reverse_kl", 0.2), ReverseKL(2), TopKDivergence()),
     "everything": tuple(EXAMPLES),
 }
 
@@ -256,9 +273,7 @@ def test_gradcheck(functional: Functional, plan: str) -> None:
 
     def values(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         student = replace(case.student, hidden=hidden, weight=weight, bias=bias)
-        inputs = dict(case.inputs)
-        call = Call(student, [case.teacher][: functional.streams - 1], inputs, -100, plan)
-        return call.tokens([functional])[0]
+        return case.of(student, [functional], plan).tokens([functional])[0]
 
     s = case.student
     leaves = [x.detach().clone().requires_grad_() for x in (s.hidden, s.weight, s.bias)]
@@ -286,18 +301,28 @@ def _small() -> Setup:
         "labels": labels,
         "candidates": torch.tensor([[1, 1], [0, 3], [5, 8]]),
         "teacher_ids": torch.tensor([[0, 5], [1, 2], [8, 3]]),
-        "teacher_logprobs": torch.tensor([[0.5, 0.2], [0.1, 0.1], [0.7, 0.3]], dtype=double).log(),
+        "teacher_logprobs": torch.tensor([[0.5, 0.2], [0.1, 0.1], [0.6, 0.3]], dtype=double).log(),
+        "advantage_ids": torch.tensor([[0, 5], [1, 2], [8, 3]]),
+        "advantage_values": torch.randn(3, 2, dtype=double),
     }
-    return Setup(head(4), head(5), inputs)
+    return Setup(head(4), (head(5), head(3)), inputs)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.1, 0.9])
+ALIKE = [ForwardKL(), ReverseKL(), *(f for f in EXAMPLES if isinstance(f, Divergence))]
+
+
+@pytest.mark.parametrize("functional", ALIKE, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_that_is_its_teacher_has_no_divergence(alpha: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["torch_blocked", "cpp"])
+def test_a_student_that_is_its_teacher_has_no_divergence(
+    functional: Functional, dtype: torch.dtype, backend: str
+) -> None:
     case = setup(dtype, alike=True)
-    for plan in ("late:torch_blocked", "kept:torch_blocked"):
-        leaves, call = case.call([JensenShannon(alpha)], plan)
-        values, _ = call.tokens([JensenShannon(alpha)])
+    if _refused([functional], pk.PlanRequest("late", backend)):
+        return
+    for schedule in ("late", "kept"):
+        leaves, call = case.call([functional], f"{schedule}:{backend}")
+        values, _ = call.tokens([functional])
         assert float(values.detach().abs().max()) < 1e-6 and float(values.detach().min()) >= -1e-7
         for gradient in torch.autograd.grad(values.sum(), leaves):
             assert float(gradient.abs().max()) < 1e-5
@@ -315,8 +340,8 @@ def test_a_student_that_is_its_offline_teacher() -> None:
         ids = torch.rand(TOKENS, VOCAB).argsort(-1)[:, : 1 + 3 * seed]
         logprobs = z.log_softmax(-1).gather(1, ids).float()
         alike = {**case.inputs, "teacher_ids": ids, "teacher_logprobs": logprobs}
-        leaves, call = replace(case, inputs=alike).call([TopKForwardKL()], "late:torch_blocked")
-        values, _ = call.tokens([TopKForwardKL()])
+        leaves, call = replace(case, inputs=alike).call([TopKDivergence()], "late")
+        values, _ = call.tokens([TopKDivergence()])
         assert float(values.detach().min()) >= -1e-7 and float(values.detach().max()) < 2e-6
         for gradient in torch.autograd.grad(values.sum(), leaves):
             assert float(gradient.abs().max()) < 1e-5
@@ -327,9 +352,9 @@ def test_a_teacher_whose_mass_is_all_kept_has_an_empty_tail() -> None:
     logprobs = case.inputs["teacher_logprobs"]
     full = logprobs.log_softmax(-1) + 1e-6  # rounding may push the sum above 1
     whole = replace(case, inputs={**case.inputs, "teacher_logprobs": full})
-    leaves, call = whole.call([TopKForwardKL()], "late:torch_blocked")
-    values, _ = call.tokens([TopKForwardKL()])
-    oracle = whole.compute(ORACLE, [TopKForwardKL()], torch.ones(1, TOKENS, dtype=torch.float64))
+    leaves, call = whole.call([TopKDivergence()], "late")
+    values, _ = call.tokens([TopKDivergence()])
+    oracle = whole.compute(ORACLE, [TopKDivergence()], torch.ones(1, TOKENS, dtype=torch.float64))
     torch.testing.assert_close(values.detach().double(), oracle[0], rtol=1e-5, atol=1e-5)
     for gradient, expected in zip(
         torch.autograd.grad(values.sum(), leaves), oracle[1:], strict=True
@@ -350,9 +375,9 @@ def test_a_tail_that_the_student_hardly_has(lead: float) -> None:
         student=replace(case.student, bias=bias),
         inputs={**case.inputs, "teacher_ids": ids, "teacher_logprobs": logprobs},
     )
-    functionals, grad = [TopKForwardKL()], _upstream(1)
+    functionals, grad = [TopKDivergence()], _upstream(1)
     references = [sure.compute(how, functionals, grad) for how in (ORACLE, dense(torch.float32))]
-    leaves, call = sure.call(functionals, "late:torch_blocked")
+    leaves, call = sure.call(functionals, "late")
     values, _ = call.tokens(functionals)
     found = [values.detach(), *torch.autograd.grad((values * grad).sum(), leaves)]
     for ours, oracle, careful in zip(found, *references, strict=True):

@@ -15,15 +15,20 @@ import pad_kernels as pk
 from pad_kernels.engine.call import Call
 from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import (
+    Advantage,
+    Divergence,
     Entropy,
+    ForwardKL,
     Functional,
-    JensenShannon,
     LogitSum,
     LogProb,
     LogSumExp,
+    ReverseKL,
     SquaredLogSumExp,
-    TopKForwardKL,
+    TopKAdvantage,
+    TopKDivergence,
 )
+from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 
 CONFIGURATIONS = 120
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,12 +64,19 @@ def _draw(seed: int) -> dict[str, Any]:
         LogSumExp(),
         SquaredLogSumExp(),
         LogitSum(),
-        TopKForwardKL(),
+        TopKDivergence(draw.choice(KINDS), draw.choice([0.1, 0.5, 0.8])),
+        TopKAdvantage(),
     ]
-    pool: list[Functional] = [*one_stream, JensenShannon(draw.choice([0.1, 0.5, 0.8]))]
+    two_sweeps = [k for k in KINDS if k not in ONE_SWEEP]
+    pool: list[Functional] = [
+        *one_stream,
+        ForwardKL(),
+        ReverseKL(),
+        Divergence(draw.choice(two_sweeps), draw.choice([0.1, 0.5, 0.8])),
+        Advantage(),
+    ]
     count = draw.choice([1, 1, 2, 4])
     functionals = draw.sample(pool if teacher else one_stream, count)
-    plain = not any(isinstance(f, JensenShannon | TopKForwardKL) for f in functionals)
     # A single number may be right by luck in the computation that ours is compared with.
     tokens = draw.choice([0, 3, 7, 19, 64])
     return {
@@ -75,11 +87,12 @@ def _draw(seed: int) -> dict[str, Any]:
         "functionals": functionals,
         "student": head(),
         "teacher": head(),
+        "reference": head(),
         "ignored": draw.choice([0.0, 0.3, 0.95]),
         "kept_tokens": draw.choice([1, 2, 5]),
         "needs": [draw.random() < 0.8 for _ in range(3)],
         "plan": {
-            "backend": draw.choice(["cpp", None] if plain else [None]) or "torch_blocked",
+            "backend": draw.choice(["cpp", "torch_blocked"]),
             "schedule": draw.choice(["early", "late", "kept", None]),
             "token_block": draw.choice([None, 1, 10, 1000]),
             "vocab_block": draw.choice([None, vocab // 16 + 1, 64, 200, 5000]),
@@ -116,6 +129,8 @@ def _inputs(config: dict[str, Any]) -> dict[str, Tensor]:
         "candidates": torch.randint(vocab, (tokens, 3)),
         "teacher_ids": ids,
         "teacher_logprobs": torch.randn(tokens, kept).log_softmax(-1) + mass.log(),
+        "advantage_ids": ids,
+        "advantage_values": torch.randn(tokens, kept),
     }
 
 
@@ -161,8 +176,8 @@ def _run(config: dict[str, Any]) -> None:
     if plan.backend == "cpp" and pk.available_backends()["cpp"] != "available":
         pytest.skip("the extension is not built")
     heads = [_head(config["student"], config["tokens"], config["vocab"], dtype)]
-    if max(f.streams for f in functionals) == 2:
-        heads.append(_head(config["teacher"], config["tokens"], config["vocab"], dtype))
+    names = ["teacher", "reference"][: max(j for f in functionals for j in (0, *f.teachers))]
+    heads += [_head(config[n], config["tokens"], config["vocab"], dtype) for n in names]
     inputs = _inputs(config)
     outputs = sum(f.outputs(inputs) for f in functionals)
     grad = torch.rand(outputs, config["tokens"], dtype=torch.float64) + 0.1
@@ -184,13 +199,14 @@ def _run(config: dict[str, Any]) -> None:
     hidden, weight, bias = leaves
     assert hidden is not None and weight is not None
     student = replace(student, hidden=hidden, weight=weight, bias=bias)
-    call = Call(student, heads[1:], inputs, ignore_index=-100, plan=plan)
+    called = ["", *(name + "." for name in names)]
+    call = Call(student, heads[1:], inputs, ignore_index=-100, plan=plan, names=called)
     wanted = [x for x in leaves if x is not None and x.requires_grad]
     if plan.schedule != "early":
         values, _ = call.tokens(functionals)
         assert_accurate(values.detach(), references[0][0], references[1][0], k=VALUES, dtype=dtype)
         _check_gradients((values * grad).sum(), wanted, references, dtype)
-    total = call.total(functionals, grad.to(call.accumulate))
+    total, _ = call.total(functionals, grad.to(call.accumulate))
     _check_gradients(total, wanted, references, dtype)
 
 

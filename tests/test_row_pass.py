@@ -123,6 +123,8 @@ def term_sizes(
         [size(p) for p in terms.p],
         terms.ids,
         size(terms.values),
+        terms.outside_ids,
+        size(terms.outside),
     )
     total = oracle_gradient(streams, maxima, sums, sizes, offset)
     if streams[0].logits.dtype != torch.float64 and not streams[0].softcap:
@@ -150,6 +152,7 @@ def test_gradient(dtype: torch.dtype, shape: tuple[int, int], count: int, head: 
         Terms(c0=column(), q=[column(), *[None] * (count - 1)]),
         Terms(c1=column(), q=each, p=[c * 0.5 for c in each], **sparse),
         Terms(p=[*[None] * (count - 1), column()]),
+        Terms(c1=column(), outside_ids=ids[:, 1:], outside=column() * 100, **sparse),
         Terms(c0=column()),
     ]
     for terms in cases:
@@ -176,7 +179,7 @@ def _options(head: str) -> dict[str, Any]:
 def test_tile_absmax(dtype: torch.dtype, tile: int) -> None:
     streams = make_streams(1, 6, 5001, dtype, {})
     state = State(streams).add()
-    terms = Terms(c1=torch.randn(6, dtype=state.sums.dtype))
+    terms = Terms(c1=torch.randn(6))
     out = torch.full((6, 5001), NAN, dtype=dtype)
     tiles = -(-5001 // tile)
     absmax = torch.full((tiles + 1,), NAN)

@@ -198,9 +198,11 @@ BAD_GRADIENT = {
     "out_ld": {"out_ld": 6},
     "q:": {"q": [0, 0]},
     "p:": {"p": [0, 0]},
-    "sparse_k": {"sparse_k": -1},
-    "sparse_ids": {"sparse_k": 1, "sparse_values": 64},
-    "sparse_values": {"sparse_k": 1, "sparse_ids": 64},
+    "sparse k": {"sparse": (64, -1)},
+    "sparse_ids": {"sparse": (0, 1), "sparse_values": 64},
+    "sparse_values": {"sparse": (64, 1)},
+    "outside_ids": {"outside_value": 64},
+    "divergence teacher": {"divergence": ("jsd", 0.5, 1)},
     "tile": {"tile_absmax": 64},
     "rows": {"rows": -1},
 }
@@ -219,8 +221,10 @@ def test_bad_arguments_raise_before_any_pointer_is_read(
     if function == "row_statistics":
         own = {"moments": [], "total": 0, "argmax": 0, "argmax_value": 0}
     else:
-        own = {"out": 64, "out_ld": 7, "c0": 0, "c1": 0, "q": [], "p": [], "sparse_ids": 0}
-        own |= {"sparse_values": 0, "sparse_k": 0, "tile": 0, "tile_absmax": 0}
+        own = {"out": 64, "out_ld": 7, "terms": C.GradientTerms(), "tile": 0, "tile_absmax": 0}
+        for field in [f for f in change if hasattr(own["terms"], f)]:
+            setattr(own["terms"], field, change[field])
+            change = {k: v for k, v in change.items() if k != field}
     with pytest.raises(ValueError, match=r"expected .*, got ") as error:
         getattr(C, function)(**{**common, **own, **change})
     assert str(error.value).startswith(name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pad_kernels.functionals.jsd import JsdTerms
+from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP, Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
     Block,
@@ -39,7 +39,7 @@ FIRST: list[Statistic] = [
     Tail("ids"),
     Largest(5),
 ]
-SECOND: list[Statistic] = [JsdTerms(0.3)]
+SECOND: list[Statistic] = [Outcomes(k, 0.3, 1) for k in KINDS if k not in ONE_SWEEP]
 
 
 def _logits(kind: str) -> list[Tensor]:
@@ -72,7 +72,7 @@ def _parts(
 ) -> list[RowStats]:
     edges = [0, *cuts, VOCAB]
     return [
-        measure(statistics, Block([x[:, a:b] for x in logits], a, _inputs()), first)
+        measure(statistics, Block(dict(enumerate(x[:, a:b] for x in logits)), a, _inputs()), first)
         for a, b in itertools.pairwise(edges)
     ]
 
@@ -89,7 +89,7 @@ def _join(parts: list[RowStats], choose: Callable[[int], int]) -> RowStats:
 
 def _close(found: RowStats, whole: RowStats) -> None:
     for statistic, value in whole.items():
-        if isinstance(statistic, Moment | JsdTerms | Normalizer | Tail | Total):
+        if isinstance(statistic, Moment | Outcomes | Normalizer | Tail | Total):
             torch.testing.assert_close(
                 found[statistic], value, rtol=1e-11, atol=1e-11, msg=str(statistic)
             )
@@ -104,9 +104,9 @@ def test_any_split_in_any_order(kind: str, seed: int) -> None:
     draw = random.Random(seed)
     logits = _logits(kind)
     cuts = sorted(draw.sample(range(1, VOCAB), draw.randint(1, 8)))
-    whole = measure(FIRST, Block(logits, 0, _inputs()), None)
+    whole = measure(FIRST, Block(dict(enumerate(logits)), 0, _inputs()), None)
     _close(_join(_parts(logits, FIRST, cuts, None), draw.randrange), whole)
-    second = measure(SECOND, Block(logits, 0, _inputs()), whole)
+    second = measure(SECOND, Block(dict(enumerate(logits)), 0, _inputs()), whole)
     _close(_join(_parts(logits, SECOND, cuts, whole), draw.randrange), second)
 
 
@@ -119,8 +119,8 @@ def test_merge_is_associative(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_the_neutral_element(kind: str) -> None:
     logits = _logits(kind)
-    whole = measure(FIRST, Block(logits, 0, _inputs()), None)
-    nothing = empty_stats(FIRST, ROWS, _inputs(), logits[0])
+    whole = measure(FIRST, Block(dict(enumerate(logits)), 0, _inputs()), None)
+    nothing = empty_stats(FIRST, ROWS, _inputs(), torch.device("cpu"))
     for found in (merge(whole, nothing), merge(nothing, whole)):
         for statistic, value in whole.items():
             torch.testing.assert_close(found[statistic], value, rtol=1e-14, atol=1e-14)

@@ -183,6 +183,38 @@ T tile_exponentials(const T* a, int64_t n, T shift, T* exps) {
   return sum;
 }
 
+// As tile_exponentials, for the sum less that of `base`: the sums of two nearly equal streams agree
+// to seven digits, and their divergence is made of the rest.
+template <class T>
+T tile_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) {
+    exps[i] = exp_of(a[i] - shift);
+    sum += exps[i] - base[i];
+  }
+  return sum;
+}
+
+// sum exps (x_over - x_under), with x = a - shift. With `rest`, the exponentials of x_under, where
+// exps are those of x_over: plus rest - exps, which makes every summand positive.
+template <class T>
+T tile_log_ratio(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
+                 T shift_under, int64_t n) {
+  T sum = 0;
+  if (rest) {
+    PAD_SIMD_SUM(sum)
+    for (int64_t i = 0; i < n; ++i)
+      sum += (rest[i] - exps[i]) +
+             weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
+  } else {
+    PAD_SIMD_SUM(sum)
+    for (int64_t i = 0; i < n; ++i)
+      sum += weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
+  }
+  return sum;
+}
+
 template <class T>
 T tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
   T sum = 0;
@@ -230,6 +262,45 @@ struct Rows {
   }
 };
 
+template <class T>
+void make_heads(const BlockArgs& args, Head<T>* head) {
+  for (int j = 0; j < args.streams; ++j) {
+    const StreamArgs& stream = args.stream[j];
+    head[j] = make_head<T>(stream.scale, stream.softcap, stream.temperature);
+  }
+}
+
+template <class Z>
+void prefetch_streams(const BlockArgs& args, int64_t row, int64_t col, int64_t n) {
+  for (int j = 0; j < args.streams; ++j)
+    if (args.stream[j].logits)
+      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, col), n);
+}
+
+// The token ids of one row, consumed from left to right.
+struct IdsCursor {
+  const int64_t* ids;
+  int64_t next, count;
+
+  IdsCursor(const IdsArgs& args, int64_t row, int64_t first)
+      : ids(args.ids ? args.ids + row * args.k : nullptr), next(0), count(args.ids ? args.k : 0) {
+    int64_t high = count;  // skip the ids below `first`
+    while (next < high) {
+      const int64_t middle = next + (high - next) / 2;
+      if (ids[middle] < first)
+        next = middle + 1;
+      else
+        high = middle;
+    }
+  }
+  bool below(int64_t end) const { return next < count && ids[next] < end; }
+};
+
+// What is known of a row, or of part of one.
+struct Summary {
+  RowState<double> whole = empty_state<double>(), tail = empty_state<double>();
+};
+
 // What one call needs of its arguments, in the types of the loops.
 template <class Z>
 struct StatisticsPlan {
@@ -239,19 +310,27 @@ struct StatisticsPlan {
   Moment<double> moment[kMaxMoments];
 
   explicit StatisticsPlan(const StatisticsArgs& arguments) : args(arguments) {
-    for (int j = 0; j < args.streams; ++j) {
-      const StreamArgs& stream = args.stream[j];
-      head[j] = make_head<T>(stream.scale, stream.softcap, stream.temperature);
-    }
+    make_heads(args, head);
     for (int k = 0; k < args.moments; ++k) {
       moment[k].weight = args.moment[k].weight;
-      for (int j = 0; j < args.streams; ++j)
-        moment[k].coefficients[j] = args.moment[k].coefficients[j];
+      moment[k].over = moment[k].under = -1;
+      int others = 0;
+      for (int j = 0; j < args.streams; ++j) {
+        const double c = args.moment[k].coefficients[j];
+        moment[k].coefficients[j] = c;
+        if (c == 1) moment[k].over = j;
+        if (c == -1) moment[k].under = j;
+        if (c != 0 && c != 1 && c != -1) others = 3;
+        if (c != 0) ++others;
+      }
+      if (others != 2 || moment[k].over < 0 || moment[k].under < 0)
+        moment[k].over = moment[k].under = -1;
     }
   }
 
-  void merge_into(RowState<double>& into, const RowState<double>& other) const {
-    merge(into, other, args.streams, moment, args.moments);
+  void merge_into(Summary& into, const Summary& other) const {
+    merge(into.whole, other.whole, args.streams, moment, args.moments);
+    if (args.tail_sum) merge(into.tail, other.tail, 1, moment, 0);
   }
 };
 
@@ -291,71 +370,98 @@ void one_stream_tile(const StatisticsPlan<Z>& plan, const A* a, int64_t n, int64
   if (args.argmax) tile_argmax(a, n, first, tile_max, sum != sum, so_far, tile);
 }
 
+// One moment of a tile, from the exponentials and the sums of the streams.
+template <class T, int kSize>
+double moment_of(const Moment<double>& moment, const T (&a)[kMaxStreams][kSize],
+                 const T (&exps)[kMaxStreams][kSize], const T* shift, const double* sum,
+                 int streams, int64_t n) {
+  const int w = moment.weight;
+  if (moment.over < 0) {
+    alignas(64) T factors[kSize];
+    fill_tile(factors, n, T(0));
+    for (int j = 0; j < streams; ++j) {
+      const T c = T(moment.coefficients[j]);
+      if (c != T(0)) add_shifted(factors, a[j], n, c, shift[j]);
+    }
+    return tile_weighted_sum(exps[w], factors, n);
+  }
+  const int over = moment.over, under = moment.under;
+  const bool balanced = over == w;
+  const double ratio = tile_log_ratio(exps[w], balanced ? exps[under] : nullptr, a[over],
+                                      shift[over], a[under], shift[under], n);
+  return balanced ? ratio - (sum[under] - sum[w]) : ratio;
+}
+
+// The student's entries outside a few ids: maximum and sum.
+template <class T>
+void tail_of_tile(T* a, int64_t n, int64_t first, IdsCursor& ids, const RowState<double>& so_far,
+                  RowState<double>& tile) {
+  for (; ids.below(first + n); ++ids.next) a[ids.ids[ids.next] - first] = -T(INFINITY);
+  tile.maximum[0] = larger(T(so_far.maximum[0]), tile_maximum(a, n));
+  tile.sum[0] = tile_sum(a, n, shift_of(T(tile.maximum[0])));
+}
+
 template <class Z>
 void many_streams_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
-                       const RowState<double>& so_far, RowState<double>& tile) {
+                       IdsCursor& tail, const Summary& so_far, Summary& found) {
   using T = typename Accumulator<Z>::type;
   const StatisticsArgs& args = plan.args;
   alignas(64) T a[kMaxStreams][kTile];
-  alignas(64) T exps[kTile];
-  alignas(64) T factors[kTile];
+  alignas(64) T exps[kMaxStreams][kTile];
   T shift[kMaxStreams];
   T first_maximum = 0;
+  RowState<double>& tile = found.whole;
   for (int j = 0; j < args.streams; ++j) {
     const StreamArgs& stream = args.stream[j];
+    if (!stream.logits) continue;
     const Z* z = Rows<Z>::logits(stream, row, col);
     transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), plan.head[j], n, a[j], nullptr);
     const T tile_max = tile_maximum(a[j], n);
     if (j == 0) first_maximum = tile_max;
-    const T maximum = larger(T(so_far.maximum[j]), tile_max);
+    const T maximum = larger(T(so_far.whole.maximum[j]), tile_max);
     shift[j] = shift_of(maximum);
     tile.maximum[j] = maximum;
+    if (j == 0)
+      tile.sum[j] = tile_exponentials(a[j], n, shift[j], exps[j]);
+    else
+      tile.sum[j] = tile.sum[0] + tile_exponentials_over(a[j], exps[0], n, shift[j], exps[j]);
   }
-  for (int w = 0; w < args.streams; ++w) {
-    tile.sum[w] = tile_exponentials(a[w], n, shift[w], exps);
-    for (int k = 0; k < args.moments; ++k) {
-      if (plan.moment[k].weight != w) continue;
-      fill_tile(factors, n, T(0));
-      for (int j = 0; j < args.streams; ++j) {
-        const T c = T(plan.moment[k].coefficients[j]);
-        if (c != T(0)) add_shifted(factors, a[j], n, c, shift[j]);
-      }
-      tile.moment[k] = tile_weighted_sum(exps, factors, n);
-    }
-  }
+  for (int k = 0; k < args.moments; ++k)
+    tile.moment[k] = moment_of(plan.moment[k], a, exps, shift, tile.sum, args.streams, n);
   if (args.total) tile.total = tile_total(a[0], n);
+  const int64_t first = args.vocab_offset + col;
   if (args.argmax) {
     const bool has_nan = tile.sum[0] != tile.sum[0];
-    tile_argmax(a[0], n, args.vocab_offset + col, first_maximum, has_nan, so_far, tile);
+    tile_argmax(a[0], n, first, first_maximum, has_nan, so_far.whole, tile);
   }
+  if (args.tail_sum) tail_of_tile(a[0], n, first, tail, so_far.tail, found.tail);
 }
 
 // The state of columns [begin, end) of one row. Tile sums are float, their sum is double.
 template <class Z>
-RowState<double> segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t begin,
-                                    int64_t end) {
+Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t begin, int64_t end) {
   using T = typename Accumulator<Z>::type;
   const StatisticsArgs& args = plan.args;
   const StreamArgs& stream = args.stream[0];
-  const bool raw = args.streams == 1 && Rows<Z>::raw(stream, plan.head[0]);
+  const bool many = args.streams > 1 || args.tail_sum;
+  const bool raw = !many && Rows<Z>::raw(stream, plan.head[0]);
   const int64_t step = raw ? kRawTile<Z> : kTile;
-  RowState<double> state = empty_state<double>();
+  IdsCursor tail(args.tail, row, args.vocab_offset + begin);
+  Summary state;
   for (int64_t col = begin; col < end; col += step) {
     const int64_t n = smaller(step, end - col);
     const int64_t first = args.vocab_offset + col;
-    RowState<double> tile = empty_state<double>();
+    Summary tile;
     const Z* z = Rows<Z>::logits(stream, row, col);
-    for (int j = 0; j < args.streams; ++j)
-      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, col + n),
-                           smaller(step, end - col - n));
+    prefetch_streams<Z>(args, row, col + n, smaller(step, end - col - n));
     if (raw) {
-      one_stream_tile(plan, z, n, first, state, tile);
-    } else if (args.streams > 1) {
-      many_streams_tile(plan, row, col, n, state, tile);
+      one_stream_tile(plan, z, n, first, state.whole, tile.whole);
+    } else if (many) {
+      many_streams_tile(plan, row, col, n, tail, state, tile);
     } else {
       alignas(64) T a[kTile];
       transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), plan.head[0], n, a, nullptr);
-      one_stream_tile(plan, a, n, first, state, tile);
+      one_stream_tile(plan, a, n, first, state.whole, tile.whole);
     }
     plan.merge_into(state, tile);
   }
@@ -364,52 +470,173 @@ RowState<double> segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, 
 
 // Joins a block's state with the running one in the caller's arrays.
 template <class Z>
-void write_state(const StatisticsPlan<Z>& plan, int64_t row, const RowState<double>& block) {
-  using T = typename Accumulator<Z>::type;
+void write_state(const StatisticsPlan<Z>& plan, int64_t row, const Summary& block) {
   const StatisticsArgs& args = plan.args;
-  RowState<double> state = empty_state<double>();
+  Summary state;
   for (int j = 0; j < args.streams; ++j) {
-    state.maximum[j] = static_cast<const T*>(args.maximum[j])[row];
-    state.sum[j] = static_cast<const T*>(args.sum[j])[row];
+    if (!args.stream[j].logits) continue;
+    state.whole.maximum[j] = args.maximum[j][row];
+    state.whole.sum[j] = args.sum[j][row];
   }
-  for (int k = 0; k < args.moments; ++k)
-    state.moment[k] = static_cast<const T*>(args.moment[k].value)[row];
-  if (args.total) state.total = static_cast<const T*>(args.total)[row];
+  for (int k = 0; k < args.moments; ++k) state.whole.moment[k] = args.moment[k].value[row];
+  if (args.total) state.whole.total = args.total[row];
   if (args.argmax) {
-    state.best = static_cast<const T*>(args.best)[row];
-    state.best_index = args.argmax[row];
+    state.whole.best = args.best[row];
+    state.whole.best_index = args.argmax[row];
+  }
+  if (args.tail_sum) {
+    state.tail.maximum[0] = args.tail_maximum[row];
+    state.tail.sum[0] = args.tail_sum[row];
   }
   plan.merge_into(state, block);
   for (int j = 0; j < args.streams; ++j) {
-    static_cast<T*>(args.maximum[j])[row] = T(state.maximum[j]);
-    static_cast<T*>(args.sum[j])[row] = T(state.sum[j]);
+    if (!args.stream[j].logits) continue;
+    args.maximum[j][row] = state.whole.maximum[j];
+    args.sum[j][row] = state.whole.sum[j];
   }
-  for (int k = 0; k < args.moments; ++k)
-    static_cast<T*>(args.moment[k].value)[row] = T(state.moment[k]);
-  if (args.total) static_cast<T*>(args.total)[row] = T(state.total);
+  for (int k = 0; k < args.moments; ++k) args.moment[k].value[row] = state.whole.moment[k];
+  if (args.total) args.total[row] = state.whole.total;
   if (args.argmax) {
-    static_cast<T*>(args.best)[row] = T(state.best);
-    args.argmax[row] = state.best_index;
+    args.best[row] = state.whole.best;
+    args.argmax[row] = state.whole.best_index;
+  }
+  if (args.tail_sum) {
+    args.tail_maximum[row] = state.tail.maximum[0];
+    args.tail_sum[row] = state.tail.sum[0];
   }
 }
 
-template <class Z>
-void statistics(const StatisticsArgs& args) {
-  const StatisticsPlan<Z> plan(args);
+// The segments of every row, shared out to the threads: `segment(row, begin, end)` returns what is
+// known of one, `join` adds another, `finish(row, whole)` takes the row's.
+template <class Part, class Segment, class Join, class Finish>
+void over_rows(const BlockArgs& args, Segment segment, Join join, Finish finish) {
   const int64_t width = segment_width(args.cols);
   const int64_t segments = (args.cols + width - 1) / width;
   // Few rows: the threads share the segments of each.
   const bool share = args.threads > 1 && segments > 1 && args.rows < 8 * args.threads;
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1 && !share)
   for (int64_t row = 0; row < args.rows; ++row) {
-    RowState<double> part[kMaxSegments];
+    Part part[kMaxSegments];
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (share)
     for (int64_t s = 0; s < segments; ++s)
-      part[s] = segment_statistics(plan, row, s * width, smaller(args.cols, (s + 1) * width));
-    RowState<double> state = part[0];
-    for (int64_t s = 1; s < segments; ++s) plan.merge_into(state, part[s]);
-    write_state(plan, row, state);
+      part[s] = segment(row, s * width, smaller(args.cols, (s + 1) * width));
+    for (int64_t s = 1; s < segments; ++s) join(part[0], part[s]);
+    finish(row, part[0]);
   }
+}
+
+template <class Z>
+void statistics(const StatisticsArgs& args) {
+  const StatisticsPlan<Z> plan(args);
+  over_rows<Summary>(
+      args,
+      [&](int64_t row, int64_t begin, int64_t end) {
+        return segment_statistics(plan, row, begin, end);
+      },
+      [&](Summary& into, const Summary& other) { plan.merge_into(into, other); },
+      [&](int64_t row, const Summary& whole) { write_state(plan, row, whole); });
+}
+
+// ---------------------------------------------------------------- second sweep
+
+// What the loops over a divergence need of one row.
+template <class T>
+OutcomeRow<T> outcome_row(const double* const* maximum, const double* const* sum, int teacher,
+                          int64_t row) {
+  const double sum_s = sum[0][row], sum_t = sum[teacher][row];
+  return {shift_of(T(maximum[0][row])), shift_of(T(maximum[teacher][row])),
+          T(inverse_of(sum_s)), T(inverse_of(sum_t)), T(log(sum_t / sum_s))};
+}
+
+struct OutcomeSums {
+  double value = 0, slope = 0;
+};
+
+template <DivergenceKind kKind, class T>
+OutcomeSums tile_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& constants,
+                          T alpha) {
+  const OutcomeRow<T> row = constants;
+  T value = 0, slope = 0;
+  PAD_SIMD_SUM(value, slope)
+  for (int64_t i = 0; i < n; ++i) {
+    const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
+    value += found.value;
+    slope += found.slope;
+  }
+  return {value, slope};
+}
+
+// d += weight * (slope - s * mean), the gradient of a divergence.
+template <DivergenceKind kKind, class T>
+void add_divergence(T* d, const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& constants,
+                    T alpha, T weight, T mean) {
+  const OutcomeRow<T> row = constants;
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) {
+    const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
+    d[i] += weight * (found.slope - found.s * mean);
+  }
+}
+
+template <class T>
+OutcomeSums outcomes_of(DivergenceKind kind, const T* a_s, const T* a_t, int64_t n,
+                        const OutcomeRow<T>& row, T alpha) {
+  switch (kind) {
+    case DivergenceKind::jsd:
+      return tile_outcomes<DivergenceKind::jsd>(a_s, a_t, n, row, alpha);
+    case DivergenceKind::skew_forward_kl:
+      return tile_outcomes<DivergenceKind::skew_forward_kl>(a_s, a_t, n, row, alpha);
+    case DivergenceKind::skew_reverse_kl:
+      return tile_outcomes<DivergenceKind::skew_reverse_kl>(a_s, a_t, n, row, alpha);
+    case DivergenceKind::tvd:
+      return tile_outcomes<DivergenceKind::tvd>(a_s, a_t, n, row, alpha);
+  }
+  return {};
+}
+
+template <class Z>
+OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<typename Accumulator<Z>::type>* head,
+                             int64_t row, int64_t begin, int64_t end) {
+  using T = typename Accumulator<Z>::type;
+  const int teacher = args.divergence.teacher;
+  const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, teacher, row);
+  OutcomeSums total;
+  for (int64_t col = begin; col < end; col += kTile) {
+    const int64_t n = smaller(kTile, end - col);
+    alignas(64) T a[2][kTile];
+    prefetch_streams<Z>(args, row, col + n, smaller(kTile, end - col - n));
+    for (int k = 0; k < 2; ++k) {
+      const int j = k ? teacher : 0;
+      const StreamArgs& stream = args.stream[j];
+      transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col), head[j], n,
+                           a[k], nullptr);
+    }
+    const OutcomeSums tile =
+        outcomes_of(args.divergence.kind, a[0], a[1], n, constants, T(args.divergence.alpha));
+    total.value += tile.value;
+    total.slope += tile.slope;
+  }
+  return total;
+}
+
+template <class Z>
+void outcomes(const OutcomeArgs& args) {
+  using T = typename Accumulator<Z>::type;
+  Head<T> head[kMaxStreams];
+  make_heads(args, head);
+  over_rows<OutcomeSums>(
+      args,
+      [&](int64_t row, int64_t begin, int64_t end) {
+        return segment_outcomes<Z>(args, head, row, begin, end);
+      },
+      [](OutcomeSums& into, const OutcomeSums& other) {
+        into.value += other.value;
+        into.slope += other.slope;
+      },
+      [&](int64_t row, const OutcomeSums& whole) {
+        args.value[row] += whole.value;
+        args.slope[row] += whole.slope;
+      });
 }
 
 // ---------------------------------------------------------------- gradient
@@ -505,63 +732,69 @@ struct GradientPlan {
   using T = typename Accumulator<Z>::type;
   const GradientArgs& args;
   Head<T> head[kMaxStreams];
-  bool student_only;  // no term reads another stream
+  bool simple;  // c0 + s_0 (c1 + q_0 x_0), of the student alone
 
-  explicit GradientPlan(const GradientArgs& arguments) : args(arguments), student_only(true) {
-    for (int j = 0; j < args.streams; ++j) {
-      const StreamArgs& stream = args.stream[j];
-      head[j] = make_head<T>(stream.scale, stream.softcap, stream.temperature);
-      if (j > 0 && (args.q[j] || args.p[j])) student_only = false;
-    }
+  explicit GradientPlan(const GradientArgs& arguments) : args(arguments) {
+    make_heads(args, head);
+    simple = !args.outside_value && args.divergence.teacher == 0;
+    for (int j = 1; j < args.streams; ++j)
+      if (args.q[j] || args.p[j]) simple = false;
   }
 
-  static T at(const void* column, int64_t row) {
-    return column ? static_cast<const T*>(column)[row] : T(0);
-  }
+  static T at(const double* column, int64_t row) { return column ? T(column[row]) : T(0); }
   T shift(int j, int64_t row) const { return shift_of(at(args.maximum[j], row)); }
-  T inverse(int j, int64_t row) const { return inverse_of(at(args.sum[j], row)); }
-};
-
-// The sparse entries of one row, consumed from left to right.
-template <class T>
-struct SparseCursor {
-  const int64_t* ids;
-  const T* values;
-  int64_t next, count;
-
-  // Skips the ids below `id`.
-  void seek(int64_t id) {
-    int64_t low = next, high = count;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (ids[middle] < id)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    next = low;
-  }
-  bool below(int64_t end) const { return next < count && ids[next] < end; }
-  // Adds the entries of [first, first + n) to d.
-  void scatter(int64_t first, int64_t n, T* d) {
-    for (; below(first + n); ++next) d[ids[next] - first] += values[next];
+  T inverse(int j, int64_t row) const { return T(inverse_of(args.sum[j][row])); }
+  // Whether the gradient reads a stream.
+  bool reads(int j) const {
+    return j == 0 || args.q[j] || args.p[j] || j == args.divergence.teacher;
   }
 };
+
+// The lists of one row.
+struct GradientCursors {
+  IdsCursor sparse, outside;
+};
+
+// The gradient of the divergence, if there is one.
+template <class Z, class T>
+void add_divergence_of_row(const GradientPlan<Z>& plan, int64_t row, const T* a_s, const T* a_t,
+                           int64_t n, T* d) {
+  const GradientArgs& args = plan.args;
+  const OutcomeRow<T> constants =
+      outcome_row<T>(args.maximum, args.sum, args.divergence.teacher, row);
+  const T alpha = T(args.divergence.alpha);
+  const T weight = plan.at(args.divergence_weight, row), mean = plan.at(args.divergence_slope, row);
+  switch (args.divergence.kind) {
+    case DivergenceKind::jsd:
+      return add_divergence<DivergenceKind::jsd>(d, a_s, a_t, n, constants, alpha, weight, mean);
+    case DivergenceKind::skew_forward_kl:
+      return add_divergence<DivergenceKind::skew_forward_kl>(d, a_s, a_t, n, constants, alpha,
+                                                             weight, mean);
+    case DivergenceKind::skew_reverse_kl:
+      return add_divergence<DivergenceKind::skew_reverse_kl>(d, a_s, a_t, n, constants, alpha,
+                                                             weight, mean);
+    case DivergenceKind::tvd:
+      return add_divergence<DivergenceKind::tvd>(d, a_s, a_t, n, constants, alpha, weight, mean);
+  }
+}
 
 // d of one tile in full generality: every stream, every coefficient, one loop for each term.
 template <class Z, class T>
 void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
-                           const RowCoefficients<T>& student, T* d, T* chain) {
+                           const RowCoefficients<T>& student, IdsCursor& outside, T* d, T* chain) {
   const GradientArgs& args = plan.args;
   alignas(64) T a[kMaxStreams][kTile];
   alignas(64) T factors[kTile];
   for (int j = 0; j < args.streams; ++j) {
-    if (j > 0 && !args.q[j] && !args.p[j]) continue;
+    if (!plan.reads(j)) continue;
     const StreamArgs& stream = args.stream[j];
     transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col),
                          plan.head[j], n, a[j], j == 0 ? chain : nullptr);
   }
-  fill_tile(factors, n, student.c1);
+  fill_tile(factors, n, student.c1 + plan.at(args.outside_value, row));
+  const int64_t first = args.vocab_offset + col;
+  for (; outside.below(first + n); ++outside.next)
+    factors[outside.ids[outside.next] - first] = student.c1;
   for (int j = 0; j < args.streams; ++j) {
     const T q = plan.at(args.q[j], row);
     if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
@@ -571,13 +804,15 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
   for (int j = 1; j < args.streams; ++j)
     if (args.p[j])
       add_share(d, a[j], n, plan.shift(j, row), plan.at(args.p[j], row) * plan.inverse(j, row));
+  if (const int teacher = args.divergence.teacher)
+    add_divergence_of_row(plan, row, a[0], a[teacher], n, d);
 }
 
 // One tile: the short way where only the student's logits matter and nothing must be added before
 // rounding, else through d in accumulator precision.
 template <class Z, class T>
 void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
-                   const RowCoefficients<T>& student, SparseCursor<T>& sparse, Z* out) {
+                   const RowCoefficients<T>& student, GradientCursors& cursors, Z* out) {
   const GradientArgs& args = plan.args;
   const StreamArgs& stream = args.stream[0];
   const Head<T>& head = plan.head[0];
@@ -588,8 +823,9 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
   alignas(64) T d[kTile];
   alignas(64) T chain_tile[kTile];
   T* chain = head.capped ? chain_tile : nullptr;
-  if (!plan.student_only) {
-    many_streams_gradient<Z, T>(plan, row, col, n, student, d, chain);
+  IdsCursor& sparse = cursors.sparse;
+  if (!plan.simple) {
+    many_streams_gradient<Z, T>(plan, row, col, n, student, cursors.outside, d, chain);
   } else if (Rows<Z>::raw(stream, head)) {
     if (!sparse.below(first + n)) {
       one_stream_gradient<Z>(z, n, student, T(1), with_q, out);
@@ -604,7 +840,9 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
     }
     one_stream_gradient<T>(a, n, student, T(1), with_q, d);
   }
-  sparse.scatter(first, n, d);
+  const double* values = args.sparse_values + row * args.sparse.k;
+  for (; sparse.below(first + n); ++sparse.next)
+    d[sparse.ids[sparse.next] - first] += T(values[sparse.next]);
   store_tile(d, chain, head.slope, n, out);
 }
 
@@ -618,22 +856,17 @@ void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, i
   student.c0 = plan.at(args.c0, row);
   student.c1 = plan.at(args.c1, row) + plan.at(args.p[0], row);
   student.q0 = plan.at(args.q[0], row);
-  SparseCursor<T> sparse{nullptr, nullptr, 0, 0};
-  if (args.sparse_k > 0) {
-    sparse.ids = args.sparse_ids + row * args.sparse_k;
-    sparse.values = static_cast<const T*>(args.sparse_values) + row * args.sparse_k;
-    sparse.count = args.sparse_k;
-    sparse.seek(args.vocab_offset + begin);
-  }
+  const int64_t from = args.vocab_offset + begin;
+  GradientCursors cursors{IdsCursor(args.sparse, row, from), IdsCursor(args.outside, row, from)};
   Z* out = static_cast<Z*>(args.out) + row * args.out_ld;
   for (int64_t col = begin; col < end;) {
     int64_t n = smaller(kTile, end - col);
     if (args.tile_absmax) n = smaller(n, args.tile - col % args.tile);
     const int64_t next = col + n, ahead = smaller(n, end - next);
     for (int j = 0; j < args.streams; ++j)
-      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, next), ahead);
+      if (plan.reads(j)) prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, next), ahead);
     prefetch_tile<true>(out + next, ahead);
-    gradient_tile<Z, T>(plan, row, col, n, student, sparse, out + col);
+    gradient_tile<Z, T>(plan, row, col, n, student, cursors, out + col);
     if (args.tile_absmax)
       raise_to(args.tile_absmax + col / args.tile, tile_magnitude(out + col, n));
     col += n;
@@ -679,6 +912,18 @@ void row_statistics(const StatisticsArgs& args) {
       return statistics<double>(args);
     case DType::bfloat16:
       return statistics<bfloat16>(args);
+  }
+}
+
+void row_outcomes(const OutcomeArgs& args) {
+  if (args.rows <= 0 || args.cols <= 0) return;
+  switch (args.dtype) {
+    case DType::float32:
+      return outcomes<float>(args);
+    case DType::float64:
+      return outcomes<double>(args);
+    case DType::bfloat16:
+      return outcomes<bfloat16>(args);
   }
 }
 

@@ -10,7 +10,8 @@ namespace pad {
 
 enum class DType { float32, float64, bfloat16 };
 
-// One stream of raw logits. `acc` below is float, or double for float64 logits.
+// One stream of raw logits; null for a stream that these rows do not use. `acc` below is float, or
+// double for float64 logits. What there is one of per row is always double.
 struct StreamArgs {
   const void* logits;  // (rows, cols), leading dimension ld
   int64_t ld;
@@ -18,46 +19,74 @@ struct StreamArgs {
   double scale, softcap, temperature;  // softcap 0: none
 };
 
+// The block that a pass works on.
+struct BlockArgs {
+  DType dtype;
+  int streams;
+  StreamArgs stream[kMaxStreams];
+  int64_t rows, cols, vocab_offset;
+  int threads;
+};
+
+// Token ids of each row, ascending: (rows, k); null for none.
+struct IdsArgs {
+  const int64_t* ids;
+  int64_t k;
+};
+
 struct MomentArgs {
   int weight;
   double coefficients[kMaxStreams];
-  void* value;  // (rows,) acc
+  double* value;  // (rows,)
 };
 
-struct StatisticsArgs {
-  DType dtype;
-  int streams;
-  StreamArgs stream[kMaxStreams];
-  int64_t rows, cols, vocab_offset;
-  void* maximum[kMaxStreams];  // (rows,) acc
-  void* sum[kMaxStreams];      // (rows,) acc
+struct StatisticsArgs : BlockArgs {
+  double* maximum[kMaxStreams];  // (rows,)
+  double* sum[kMaxStreams];      // (rows,)
   int moments;
   MomentArgs moment[kMaxMoments];
-  void* total;      // (rows,) acc, or null
+  double* total;    // (rows,), or null
   int64_t* argmax;  // (rows,), or null; with best
-  void* best;       // (rows,) acc
-  int threads;
+  double* best;     // (rows,)
+  IdsArgs tail;     // maximum and sum of the student's entries outside these ids
+  double* tail_maximum;
+  double* tail_sum;
 };
 
-struct GradientArgs {
-  DType dtype;
-  int streams;
-  StreamArgs stream[kMaxStreams];
-  int64_t rows, cols, vocab_offset;
-  const void* maximum[kMaxStreams];  // (rows,) acc
-  const void* sum[kMaxStreams];      // (rows,) acc
-  void* out;                         // (rows, cols), leading dimension out_ld; may be stream 0
+// A divergence of two sweeps between the student and the teacher of stream `teacher`.
+struct DivergenceArgs {
+  DivergenceKind kind;
+  double alpha;
+  int teacher;  // 0: no divergence
+};
+
+// The second sweep: sums of value and slope, once the normalisers are known.
+struct OutcomeArgs : BlockArgs {
+  const double* maximum[kMaxStreams];
+  const double* sum[kMaxStreams];
+  DivergenceArgs divergence;
+  double* value;  // (rows,), added to
+  double* slope;
+};
+
+struct GradientArgs : BlockArgs {
+  const double* maximum[kMaxStreams];
+  const double* sum[kMaxStreams];
+  void* out;  // (rows, cols), leading dimension out_ld; may be stream 0
   int64_t out_ld;
-  const void* c0;  // per-row coefficients (rows,) acc, or null
-  const void* c1;
-  const void* q[kMaxStreams];
-  const void* p[kMaxStreams];
-  const int64_t* sparse_ids;  // (rows, sparse_k), ascending in a row
-  const void* sparse_values;  // (rows, sparse_k) acc
-  int64_t sparse_k;
+  const double* c0;  // per-row coefficients (rows,), or null
+  const double* c1;
+  const double* q[kMaxStreams];
+  const double* p[kMaxStreams];
+  IdsArgs sparse;
+  const double* sparse_values;  // (rows, sparse.k)
+  IdsArgs outside;              // c1 is larger by `outside_value` where v is not among these ids
+  const double* outside_value;  // (rows,)
+  DivergenceArgs divergence;
+  const double* divergence_weight;  // (rows,), of its gradient
+  const double* divergence_slope;   // (rows,), the sum of slopes
   int64_t tile;
   float* tile_absmax;  // (ceil(cols / tile),), or null
-  int threads;
 };
 
 // Raw logits (count,) in acc behind their head transform, in place: the very numbers that the row
@@ -73,6 +102,7 @@ struct TransformArgs {
 #define PAD_DECLARE_ROW_PASS(isa)             \
   namespace isa {                             \
   void row_statistics(const StatisticsArgs&); \
+  void row_outcomes(const OutcomeArgs&);      \
   void row_gradient(const GradientArgs&);     \
   void head_transform(const TransformArgs&);  \
   }

@@ -18,7 +18,7 @@ from pad_kernels.heads import HeadOptions
 
 
 class Backend(Protocol):
-    """Row passes over blocks of raw logits, one tensor [rows, cols] per stream."""
+    """Row passes over blocks of raw logits: a tensor [rows, cols] for each stream that rows use."""
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         """Why this backend cannot do the recipe; None if it can. Never touches tensors."""
@@ -37,7 +37,7 @@ class Backend(Protocol):
         problem: Problem,
         stats: RowStats,
         wanted: list[Statistic],
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
     ) -> None:
         """Merge the block at vocabulary ``offset`` into the wanted running statistics."""
@@ -47,7 +47,7 @@ class Backend(Protocol):
         self,
         problem: Problem,
         out: Tensor,
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from pad_kernels.backends.registry import native, native_error
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
@@ -18,20 +22,20 @@ from pad_kernels.functionals.statistics import (
     Picked,
     RowStats,
     Statistic,
+    Tail,
     Total,
 )
 from pad_kernels.heads import HeadOptions
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-_KNOWN = (Normalizer, Moment, Total, Argmax)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+_KNOWN = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
+#: How many of a kind one pass takes.
+_ROOM: dict[type[Statistic], int] = {Moment: 4, Tail: 1, Outcomes: 1}
+_Stream = tuple[int, int, int, float, float, float]
 
 
 class CppBackend:
-    """Functionals whose statistics and gradients are linear in the logits, on a CPU."""
+    """Every functional of the library, on a CPU."""
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         if native() is None:
@@ -45,13 +49,14 @@ class CppBackend:
                 if not isinstance(statistic, (*_KNOWN, Picked)):
                     name = type(functional).__name__
                     return f"{name} needs {type(statistic).__name__}, which has no C++ yet"
+        for kind, room in _ROOM.items():
+            if sum(isinstance(s, kind) for s in recipe.statistics) > room:
+                return f"a row pass has room for {room} of {kind.__name__}"
         return None
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
-        module = native()
-        assert module is not None
         logits = raw.contiguous().clone()
-        module.head_transform(
+        _module().head_transform(
             _DTYPES[logits.dtype],
             logits.data_ptr(),
             logits.numel(),
@@ -61,125 +66,149 @@ class CppBackend:
         )
         return logits
 
-    @staticmethod
-    def _streams(
-        problem: Problem, logits: list[Tensor], offset: int
-    ) -> list[tuple[int, int, int, float, float, float]]:
-        found = []
-        for stream, z in zip(problem.streams, logits, strict=True):
-            bias = 0 if stream.bias is None else _pointer(stream.bias[offset:])
-            head = stream.head
-            found.append(
-                (
-                    _pointer(z),
-                    z.stride(0),
-                    bias,
-                    head.logit_scale,
-                    head.softcap or 0.0,
-                    head.temperature,
-                )
-            )
-        return found
-
     def measure(
         self,
         problem: Problem,
         stats: RowStats,
         wanted: list[Statistic],
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
     ) -> None:
         if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
             others = [s for s in wanted if s not in ours]
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
-        module = native()
-        assert module is not None
-        rows, cols = logits[0].shape
-        total = stats.get(Total()) if Total() in wanted else None
-        argmax = stats.get(Argmax()) if Argmax() in wanted else None
-        normalizers = _normalizers(stats, len(logits), rows)
-        best = None
-        if argmax is not None:
-            # The running best value is the running maximum; the pass updates a copy of it.
-            best = normalizers[0][0].clone()
-        module.row_statistics(
-            _DTYPES[logits[0].dtype],
-            self._streams(problem, logits, offset),
-            rows,
-            cols,
-            offset,
-            [_pointer(n[0]) for n in normalizers],
-            [_pointer(n[1]) for n in normalizers],
-            [
-                (s.stream, s.coefficients, _pointer(stats[s]))
-                for s in wanted
-                if isinstance(s, Moment)
-            ],
-            _pointer(total),
-            _pointer(argmax),
-            _pointer(best),
-            torch.get_num_threads(),
-        )
+        block = _Block(problem, stats, logits, offset)
+        for statistic in ours:
+            if isinstance(statistic, Outcomes):
+                block.outcomes(statistic)
+        first = [s for s in ours if not isinstance(s, Outcomes)]
+        if first:
+            block.statistics(first)
 
     def gradient(
         self,
         problem: Problem,
         out: Tensor,
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        module = native()
-        assert module is not None
-        rows, cols = out.shape
         peaks = None
         if bound > 0:
-            peaks = torch.zeros(-(-cols // FILTER_TILE), dtype=torch.float32)
-        sparse = gradient.sorted_sparse()
-        ids, values = sparse if sparse is not None else (None, None)
-        normalizers = _normalizers(stats, len(logits), rows)
-        # Contiguous copies stay referenced until the call returns.
-        rowwise = {
-            "constant": _contiguous(gradient.constant),
-            "student": _contiguous(gradient.student),
-        }
-        q = [_contiguous(gradient.moments.get(j)) for j in range(len(logits))]
-        p = [_contiguous(gradient.probabilities.get(j)) for j in range(len(logits))]
-        module.row_gradient(
-            _DTYPES[out.dtype],
-            self._streams(problem, logits, offset),
-            rows,
-            cols,
-            offset,
-            [_pointer(n[0]) for n in normalizers],
-            [_pointer(n[1]) for n in normalizers],
-            _pointer(out),
-            out.stride(0),
-            _pointer(rowwise["constant"]),
-            _pointer(rowwise["student"]),
-            [_pointer(x) for x in q],
-            [_pointer(x) for x in p],
-            _pointer(ids),
-            _pointer(values),
-            0 if ids is None else ids.shape[1],
-            FILTER_TILE,
-            _pointer(peaks),
-            torch.get_num_threads(),
-        )
+            peaks = torch.zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.float32)
+        _Block(problem, stats, logits, offset).gradient(gradient, out, peaks)
         return peaks
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+class _Block:
+    """One block of raw logits as the C++ functions take it: pointers to all of it.
+
+    Whatever had to be copied is held until the block is done with.
+    """
+
+    def __init__(
+        self, problem: Problem, stats: RowStats, logits: dict[int, Tensor], offset: int
+    ) -> None:
+        self._held: list[Tensor] = []
+        self.stats, self.offset = stats, offset
+        self.rows, self.cols = logits[0].shape
+        self.dtype = _DTYPES[logits[0].dtype]
+        self.streams = [self._stream(problem, logits, j) for j in range(max(logits) + 1)]
+        normalizers = [self._normalizer(j) for j in range(len(self.streams))]
+        self.maxima = [self._pointer(n[0]) for n in normalizers]
+        self.sums = [self._pointer(n[1]) for n in normalizers]
+
+    def _pointer(self, tensor: Tensor | None) -> int:
+        """The address of a contiguous tensor that stays alive; 0 for none."""
+        if tensor is None:
+            return 0
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _column(self, tensor: Tensor | None) -> int:
+        """The address of one double per row."""
+        return self._pointer(None if tensor is None else tensor.double().contiguous())
+
+    def _stream(self, problem: Problem, logits: dict[int, Tensor], j: int) -> _Stream:
+        if j not in logits:
+            return 0, 0, 0, 1.0, 0.0, 1.0
+        bias, head = problem.streams[j].bias, problem.streams[j].head
+        shifted = 0 if bias is None else bias[self.offset :].data_ptr()
+        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
+        return logits[j].data_ptr(), logits[j].stride(0), shifted, *options
+
+    def _normalizer(self, j: int) -> Tensor:
+        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
+        state = self.stats.get(Normalizer(j))
+        if state is not None:
+            return state
+        like = torch.empty(0, dtype=torch.float64)
+        return Normalizer(j).empty(self.rows, {}, like)
+
+    def statistics(self, wanted: list[Statistic]) -> None:
+        """Merge this block into first-sweep statistics."""
+        moments: list[tuple[int, tuple[float, ...], int]] = []
+        more: dict[str, Any] = {}
+        for s in wanted:
+            if isinstance(s, Moment):
+                padded = (*s.coefficients, *[0.0] * len(self.streams))[: len(self.streams)]
+                moments.append((s.stream, padded, self.stats[s].data_ptr()))
+            elif isinstance(s, Total):
+                more["total"] = self.stats[s].data_ptr()
+            elif isinstance(s, Argmax):
+                more["argmax"] = self.stats[s].data_ptr()
+                # The running best value is the running maximum; the pass updates a copy of it.
+                more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
+            elif isinstance(s, Tail):
+                ids = self.stats.inputs[s.ids].sort(dim=1).values
+                more["tail"] = (self._pointer(ids), ids.shape[1])
+                more["tail_maximum"], more["tail_sum"] = (x.data_ptr() for x in self.stats[s])
+        _module().row_statistics(
+            *(self.dtype, self.streams, self.rows, self.cols, self.offset),
+            *(self.maxima, self.sums, moments),
+            threads=torch.get_num_threads(),
+            **more,
+        )
+
+    def outcomes(self, statistic: Outcomes) -> None:
+        """Merge this block into the sums of a second sweep."""
+        value, slope = (x.data_ptr() for x in self.stats[statistic])
+        _module().row_outcomes(
+            *(self.dtype, self.streams, self.rows, self.cols, self.maxima, self.sums),
+            (statistic.kind, statistic.alpha, statistic.teacher),
+            *(value, slope, torch.get_num_threads()),
+        )
+
+    def gradient(self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None) -> None:
+        """Write the gradient with respect to the student's raw logits."""
+        module = _module()
+        terms = module.GradientTerms()
+        terms.c0, terms.c1 = self._column(gradient.constant), self._column(gradient.student)
+        streams = range(len(self.streams))
+        terms.q = [self._column(gradient.moments.get(j)) for j in streams]
+        terms.p = [self._column(gradient.probabilities.get(j)) for j in streams]
+        if (sparse := gradient.sorted_sparse()) is not None:
+            terms.sparse = (self._pointer(sparse[0]), sparse[0].shape[1])
+            terms.sparse_values = self._column(sparse[1])
+        for ids, value in gradient.outside:
+            ids = ids.sort(dim=1).values
+            terms.outside = (self._pointer(ids), ids.shape[1])
+            terms.outside_value = self._column(value)
+        for functional, grad in gradient.curved:
+            assert isinstance(functional, Divergence)
+            terms.divergence = (functional.kind, functional.alpha, functional.teacher)
+            terms.divergence_weight = self._column(grad[0])
+            terms.divergence_slope = self._column(self.stats[functional.outcomes][1])
+        module.row_gradient(
+            *(self.dtype, self.streams, self.rows, self.cols, self.offset),
+            *(self.maxima, self.sums, out.data_ptr(), out.stride(0)),
+            *(terms, FILTER_TILE, self._pointer(peaks), torch.get_num_threads()),
+        )
 
 
-def _normalizers(stats: RowStats, streams: int, rows: int) -> list[Tensor]:
-    """(max, sum) of every stream; a scratch pair where no functional asked for one."""
-    like = next(x for x in stats.values() if x.is_floating_point())
-    found = []
-    for j in range(streams):
-        state = stats.get(Normalizer(j))
-        found.append(Normalizer(j).empty(rows, {}, like) if state is None else state)
-    return found
+def _module() -> Any:
+    module = native()
+    assert module is not None
+    return module

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.engine.problem import check_ids
+from pad_kernels.engine.problem import check_inputs
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 
@@ -42,23 +42,67 @@ def _logit_sum(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]
     return logits[0].sum(-1).unsqueeze(0)
 
 
-def _jensen_shannon(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    alpha = getattr(f, "alpha")  # noqa: B009
-    s, t = (torch.softmax(x, -1) for x in logits)
-    m = alpha * t + (1 - alpha) * s
-    mixture_entropy = -torch.xlogy(m, m).sum(-1)
-    entropies = [-torch.xlogy(p, p).sum(-1) for p in (s, t)]
-    return (mixture_entropy - (1 - alpha) * entropies[0] - alpha * entropies[1]).unsqueeze(0)
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
-def _topk_forward_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+def _between(kind: str, alpha: float, s: Tensor, t: Tensor) -> Tensor:
+    """A divergence between distributions [rows, outcomes], [rows]."""
+    if kind == "tvd":
+        return (s - t).abs().sum(-1) / 2
+    if kind == "jsd":
+        m = alpha * t + (1 - alpha) * s
+        return alpha * _kl(t, m) + (1 - alpha) * _kl(s, m)
+    if kind == "skew_forward_kl":
+        return _kl(t, alpha * t + (1 - alpha) * s)
+    if kind == "skew_reverse_kl":
+        return _kl(s, (1 - alpha) * t + alpha * s)
+    return _kl(t, s) if kind == "forward_kl" else _kl(s, t)
+
+
+def _mean_ratio(weights: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    """Mean of log over/under; a weight of 0 counts 0 whatever it multiplies."""
+    ratio = torch.log_softmax(over, -1) - torch.log_softmax(under, -1)
+    return torch.where(weights == 0, 0.0, weights * ratio.masked_fill(weights == 0, 0.0)).sum(-1)
+
+
+def _forward_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    teacher = logits[f.teachers[0]]
+    return _mean_ratio(torch.softmax(teacher, -1), teacher, logits[0]).unsqueeze(0)
+
+
+def _reverse_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    teacher = logits[f.teachers[0]]
+    return _mean_ratio(torch.softmax(logits[0], -1), logits[0], teacher).unsqueeze(0)
+
+
+def _divergence(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    s, t = (torch.softmax(logits[j], -1) for j in (0, f.teachers[0]))
+    kind, alpha = getattr(f, "kind"), getattr(f, "alpha")  # noqa: B009
+    return _between(kind, alpha, s, t).unsqueeze(0)
+
+
+def _advantage(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    aligned, reference = (logits[j] for j in f.teachers)
+    return _mean_ratio(torch.softmax(logits[0], -1), aligned, reference).unsqueeze(0)
+
+
+def _topk_advantage(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    s = torch.softmax(logits[0], -1).gather(1, inputs["advantage_ids"])
+    return (s * inputs["advantage_values"].double()).sum(1).unsqueeze(0)
+
+
+def _topk_divergence(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     s = torch.softmax(logits[0], -1)
     t = inputs["teacher_logprobs"].double().exp()
     kept = s.gather(1, inputs["teacher_ids"])
     outside = torch.ones_like(s).scatter(1, inputs["teacher_ids"], 0.0)
     tail_s, tail_t = (s * outside).sum(1, keepdim=True), (1 - t.sum(1, keepdim=True)).clamp(min=0)
-    p, q = torch.cat((t, tail_t), 1), torch.cat((kept, tail_s), 1)
-    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1).unsqueeze(0)
+    if getattr(f, "whole"):  # noqa: B009
+        tail_s, tail_t = torch.zeros_like(tail_s), torch.zeros_like(tail_t)
+    kind, alpha = getattr(f, "kind"), getattr(f, "alpha")  # noqa: B009
+    s, t = torch.cat((kept, tail_s), 1), torch.cat((t, tail_t), 1)
+    return _between(kind, alpha, s, t).unsqueeze(0)
 
 
 ORACLES: dict[str, Callable[[Functional, list[Tensor], Mapping[str, Tensor]], Tensor]] = {
@@ -67,8 +111,12 @@ ORACLES: dict[str, Callable[[Functional, list[Tensor], Mapping[str, Tensor]], Te
     "LogSumExp": _logsumexp,
     "SquaredLogSumExp": _squared_logsumexp,
     "LogitSum": _logit_sum,
-    "JensenShannon": _jensen_shannon,
-    "TopKForwardKL": _topk_forward_kl,
+    "ForwardKL": _forward_kl,
+    "ReverseKL": _reverse_kl,
+    "Divergence": _divergence,
+    "Advantage": _advantage,
+    "TopKDivergence": _topk_divergence,
+    "TopKAdvantage": _topk_advantage,
 }
 
 
@@ -107,7 +155,7 @@ def _values(
     if recipe.ignore_index is not None and "labels" in inputs:
         ignored = inputs["labels"][:, 0] == recipe.ignore_index
         inputs["labels"] = inputs["labels"].masked_fill(ignored.unsqueeze(1), 0)
-    check_ids(recipe, inputs)
+    check_inputs(recipe, inputs)
     found = [ORACLES[type(f).__name__](f, logits, inputs) for f in recipe.functionals]
     values = torch.cat(found, 0)
     return (values if ignored is None else torch.where(ignored, 0.0, values)), logits[0]

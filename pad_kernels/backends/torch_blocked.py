@@ -49,23 +49,23 @@ class TorchBackend:
         bias = problem.streams[stream].bias
         return raw if bias is None else raw + bias[offset : offset + tile.shape[1]]
 
-    def _logits(self, problem: Problem, tiles: list[Tensor], offset: int) -> list[Tensor]:
-        return [
-            problem.streams[j].head.transform(self._raw(problem, j, tile, offset))
-            for j, tile in enumerate(tiles)
-        ]
+    def _logits(self, problem: Problem, tiles: dict[int, Tensor], offset: int) -> dict[int, Tensor]:
+        return {
+            j: problem.streams[j].head.transform(self._raw(problem, j, tile, offset))
+            for j, tile in tiles.items()
+        }
 
     def measure(
         self,
         problem: Problem,
         stats: RowStats,
         wanted: list[Statistic],
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
     ) -> None:
         for top, bottom, left, right in _tiles(*logits[0].shape):
             rows = stats.rows(top, bottom)
-            tiles = [z[top:bottom, left:right] for z in logits]
+            tiles = {j: z[top:bottom, left:right] for j, z in logits.items()}
             block = Block(self._logits(problem, tiles, offset + left), offset + left, rows.inputs)
             fresh = measure(wanted, block, rows)
             running = RowStats({s: rows[s] for s in wanted}, rows.inputs)
@@ -76,7 +76,7 @@ class TorchBackend:
         self,
         problem: Problem,
         out: Tensor,
-        logits: list[Tensor],
+        logits: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
@@ -85,29 +85,24 @@ class TorchBackend:
         cols = out.shape[1]
         peaks = None
         if bound > 0:
-            peaks = stats.maximum().new_zeros(-(-cols // FILTER_TILE))
+            peaks = out.new_zeros(-(-cols // FILTER_TILE), dtype=torch.float32)
         for top, bottom, left, right in _tiles(*out.shape):
             rows, part = stats.rows(top, bottom), gradient.rows(top, bottom)
-            tiles = [z[top:bottom, left:right] for z in logits]
+            tiles = {j: z[top:bottom, left:right] for j, z in logits.items()}
             shift = offset + left
-            raw = self._raw(problem, 0, tiles[0], shift)
-            a = [problem.streams[0].head.transform(raw)]
-            a += [
-                problem.streams[j].head.transform(self._raw(problem, j, tile, shift))
-                for j, tile in enumerate(tiles)
-                if j > 0
-            ]
+            a = self._logits(problem, tiles, shift)
             dense = _dense(Block(a, shift, rows.inputs), rows, part)
             for ids, values in part.sparse:
                 local = ids - shift
                 inside = (local >= 0) & (local < right - left)
-                dense.scatter_add_(1, torch.where(inside, local, 0), values * inside)
-            dense *= problem.streams[0].head.chain(raw)
+                added = (values * inside).to(dense.dtype)
+                dense.scatter_add_(1, torch.where(inside, local, 0), added)
+            dense *= problem.streams[0].head.chain(self._raw(problem, 0, tiles[0], shift))
             if peaks is not None:
                 first = left // FILTER_TILE
                 for k in range(first, -(-right // FILTER_TILE)):
                     tile_max = dense[:, k * FILTER_TILE - left :][:, :FILTER_TILE].abs().max()
-                    peaks[k] = torch.maximum(peaks[k], tile_max)
+                    peaks[k] = torch.maximum(peaks[k], tile_max.float())
             out[top:bottom, left:right].copy_(dense)
         return peaks
 
@@ -115,25 +110,30 @@ class TorchBackend:
 def _dense(block: Block, stats: RowStats, gradient: LogitGradient) -> Tensor:
     """The dense part of the gradient with respect to the transformed logits."""
     a = block.logits
+    dtype = a[0].dtype
+
+    def column(x: Tensor) -> Tensor:
+        return x.to(dtype).unsqueeze(-1)
 
     def probability(j: int) -> Tensor:
         maximum, total = stats[Normalizer(j)]
-        return torch.exp(a[j] - finite_or_zero(maximum).unsqueeze(-1)) / total.unsqueeze(-1)
+        return torch.exp(a[j] - column(finite_or_zero(maximum))) / column(total)
 
     dense = torch.zeros_like(a[0])
-    if gradient.student is not None or gradient.moments:
+    if gradient.student is not None or gradient.moments or gradient.outside:
         s = probability(0)
         factor = torch.zeros_like(s)
         if gradient.student is not None:
-            factor += gradient.student.unsqueeze(-1)
+            factor += column(gradient.student)
         for j, q in gradient.moments.items():
-            shifted = a[j] - finite_or_zero(stats.maximum(j)).unsqueeze(-1)
-            factor += q.unsqueeze(-1) * shifted
+            factor += column(q) * (a[j] - column(finite_or_zero(stats.maximum(j))))
+        for ids, x in gradient.outside:
+            factor += column(x).expand(factor.shape).masked_fill(block.listed(ids), 0.0)
         dense += torch.where(s == 0, 0.0, s * factor)
     for j, p in gradient.probabilities.items():
-        dense += p.unsqueeze(-1) * probability(j)
+        dense += column(p) * probability(j)
     for functional, grad in gradient.curved:
         dense += functional.curved(block, grad, stats)
     if gradient.constant is not None:
-        dense += gradient.constant.unsqueeze(-1)
+        dense += column(gradient.constant)
     return dense

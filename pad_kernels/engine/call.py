@@ -39,6 +39,7 @@ class Call:
     Args:
         student: the head that may want gradients.
         teachers: heads that may not.
+        names: what the heads are called in messages, the student's first; "" for bare arguments.
         inputs: per-row inputs by name, each [N, k]; ``labels`` is [N, 1].
         ignore_index: label of rows to leave out.
         plan: the public ``plan=`` argument.
@@ -49,17 +50,20 @@ class Call:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
     plan: PlanRequest | Plan | str | None = None
+    names: Sequence[str] = ("",)
 
     def __post_init__(self) -> None:
-        device = check_tensor("hidden", self.student.hidden).device
+        names = list(self.names)
+        device = check_tensor(names[0] + "hidden", self.student.hidden).device
         autocast = autocast_dtype(device)
         heads = [self.student, *self.teachers]
-        names = ["", "teacher.", "reference."] if len(heads) > 1 else [""]
-        self._options = [h.checked(n, gemm=autocast) for h, n in zip(heads, names, strict=False)]
+        self._options = [h.checked(n, gemm=autocast) for h, n in zip(heads, names, strict=True)]
+        for head, name in zip(self.teachers, names[1:], strict=True):
+            self._check_teacher(head, name, device)
         dtypes = {x.dtype for h in heads for x in (h.hidden, h.weight)}
         if torch.float64 in dtypes and len(dtypes) > 1:
             fail_type("weight", "float64 like the other inputs, or none of them in it", "a mixture")
-        for head, name in zip(heads, names, strict=False):
+        for head, name in zip(heads, names, strict=True):
             # The ops would take a tensor with a tangent for a constant.
             for field_name in ("hidden", "weight", "bias"):
                 reject_transforms(name + field_name, getattr(head, field_name))
@@ -68,9 +72,27 @@ class Call:
         self._gemm = gemm_dtype(mixed)
         self._request = PlanRequest.of(self.plan)
         sizes = [h.weight.shape[0] if h.vocab_size is None else h.vocab_size for h in heads]
-        if len(set(sizes)) > 1:
-            fail_value("vocab_size", "equal vocabularies for all heads", sizes)
+        for size, name in zip(sizes, names, strict=True):
+            if size != sizes[0]:
+                expected = f"{sizes[0]} like the student's (cut the longer with vocab_size)"
+                fail_value(name + "vocab_size", expected, size)
         self.vocab = sizes[0]
+
+    def _check_teacher(self, head: Head, name: str, device: torch.device) -> None:
+        """Raise unless a teacher's rows match the student's and nobody wants its gradient."""
+        leading, own = tuple(self.student.hidden.shape[:-1]), tuple(head.hidden.shape[:-1])
+        if own != leading:
+            fail_value(name + "hidden", f"the student's leading shape {leading}", f"shape {own}")
+        if head.hidden.device != device:
+            fail_value(name + "hidden", f"a tensor on {device}", f"one on {head.hidden.device}")
+        for field_name in ("hidden", "weight", "bias"):
+            tensor = getattr(head, field_name)
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                fail_value(
+                    name + field_name,
+                    "a tensor that does not require grad (detach it: teachers get no gradient)",
+                    "one that does",
+                )
 
     @property
     def rows(self) -> Tensor:
@@ -134,11 +156,18 @@ class Call:
         values, greedy, _, _ = ops.token_outputs(*self.tensors(), recipe.dumps())
         return values, greedy
 
-    def total(self, functionals: Sequence[Functional], coefficients: Tensor) -> Tensor:
-        """sum(coefficients * values), one differentiable number; coefficients [outputs, N]."""
+    def total(
+        self, functionals: Sequence[Functional], coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """sum(coefficients * values), one differentiable number; coefficients [outputs, N].
+
+        Also its summands, one per output, without gradient.
+        """
         reject_transforms("token_weights", coefficients)
         if coefficients.requires_grad and torch.is_grad_enabled():
             values, _ = self.tokens(functionals)
-            return weighted(values, coefficients).sum()
+            summands = weighted(values, coefficients).sum(1)
+            return summands.sum(), summands.detach()
         recipe = self.recipe(functionals)
-        return ops.weighted_sum(*self.tensors(), coefficients, recipe.dumps())[0]
+        found = ops.weighted_sum(*self.tensors(), coefficients, recipe.dumps())
+        return found[0], found[1]

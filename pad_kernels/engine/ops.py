@@ -133,7 +133,7 @@ def _(
     if todo.request.backend == "reference":
         return values, greedy, values.new_empty(0), hidden.new_empty(0)
     plan = op_plan(todo, hidden, weight, teachers, reduced=False)
-    stats = hidden.new_empty((_stats_rows(todo, row_inputs), rows), dtype=dtype)
+    stats = hidden.new_empty((_stats_rows(todo, row_inputs), rows), dtype=torch.float64)
     return values, greedy, stats, hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
 
 
@@ -156,16 +156,15 @@ def token_outputs_backward(
     """
     todo = _read(recipe, hidden)
     with _without_autocast(hidden.device):
-        used = None
         if coefficients is not None:
-            used, grad = (coefficients != 0).any(0), coefficients * grad
+            grad = coefficients * grad
         if todo.request.backend == "reference":
             found: Sequence[Tensor | None]
             found = reference.backward(todo, grad, hidden, weight, bias, row_inputs, teachers)
         else:
             reduced = coefficients is not None
             plan = op_plan(todo, hidden, weight, teachers, reduced=reduced)
-            problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, used)
+            problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, coefficients)
             with account.holding(kept):
                 found = _backward(problem, plan, grad, stats, kept)
     first, second, third = (_nothing(hidden) if g is None else g for g in found)
@@ -264,8 +263,7 @@ def weighted_sum(
             values, _ = reference.forward(todo, hidden, weight, bias, row_inputs, teachers)
             return _sum_outputs(_weighted(values, coefficients))
         plan = op_plan(todo, hidden, weight, teachers, reduced=True)
-        used = (coefficients != 0).any(0)
-        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, used)
+        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, coefficients)
         if plan.schedule == "early" and any(todo.needs):
             return _early(problem, plan, coefficients)
         kept = _kept_logits(problem, plan)
@@ -319,7 +317,8 @@ def _(
         needs = zip(todo.needs, (hidden, weight, bias), strict=True)
         gradients = [_like(x) if need and x is not None else None for need, x in needs]
         return _sum_outputs(parts, gradients, torch.empty(3, dtype=torch.float64))
-    stats = hidden.new_empty((_stats_rows(todo, row_inputs), hidden.shape[0]), dtype=dtype)
+    size = (_stats_rows(todo, row_inputs), hidden.shape[0])
+    stats = hidden.new_empty(size, dtype=torch.float64)
     kept = hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
     return _sum_outputs(parts, stats=stats, kept=kept)
 

@@ -57,6 +57,16 @@ class Stream:
         return chunk if buffer is None else buffer[: stop - start].copy_(chunk)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Live rows start to stop, which all use the same streams and functionals."""
+
+    start: int
+    stop: int
+    streams: tuple[int, ...]
+    functionals: tuple[int, ...]  # places in the recipe
+
+
 @dataclass
 class Problem:
     """Everything a schedule needs to know."""
@@ -64,8 +74,9 @@ class Problem:
     recipe: Recipe
     streams: list[Stream]
     tokens: int  # N, before rows are left out
-    live: Tensor | None  # indices of the rows that count; None: all of them
+    live: Tensor | None  # indices of the rows that count; None: all of them, in order
     rows: int  # how many rows count
+    parts: list[Part]  # of the live rows
     inputs: dict[str, Tensor]  # per-row inputs of the live rows
     weight: Tensor  # the student's whole weight, for its gradient's shape
     bias_dtype: torch.dtype | None
@@ -174,21 +185,22 @@ def build_problem(
     bias: Tensor | None,
     row_inputs: Sequence[Tensor],
     teachers: Sequence[Tensor],
-    used: Tensor | None = None,
+    coefficients: Tensor | None = None,
 ) -> Problem:
     """Check values, leave out the rows that do not count, and put the streams together.
 
     Args:
-        used: bool [N], rows that have a weight; None when all have.
+        coefficients: [outputs, N], weights of the values. A row without any is left out, and a
+            teacher is computed for the rows that use it.
 
     Raises:
         ValueError: a label or candidate id is outside the vocabulary.
     """
     inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
-    live = _live_rows(recipe, inputs, used)
+    live, parts = _live_rows(recipe, inputs, hidden.shape[0], coefficients)
     if live is not None:
         inputs = {name: x.index_select(0, live) for name, x in inputs.items()}
-    check_ids(recipe, inputs)
+    check_inputs(recipe, inputs)
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
@@ -201,9 +213,9 @@ def build_problem(
             strict=True,
         )
     ]
-    rows = hidden.shape[0] if live is None else live.shape[0]
+    rows = parts[-1].stop if parts else 0
     bias_dtype = None if bias is None else bias.dtype
-    return Problem(recipe, streams, hidden.shape[0], live, rows, inputs, weight, bias_dtype)
+    return Problem(recipe, streams, hidden.shape[0], live, rows, parts, inputs, weight, bias_dtype)
 
 
 def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
@@ -211,24 +223,103 @@ def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor |
     return None if bias is None else bias[:vocab].to(dtype).contiguous()
 
 
-def _live_rows(recipe: Recipe, inputs: Mapping[str, Tensor], used: Tensor | None) -> Tensor | None:
-    mask = used
+def _live_rows(
+    recipe: Recipe, inputs: Mapping[str, Tensor], tokens: int, coefficients: Tensor | None
+) -> tuple[Tensor | None, list[Part]]:
+    """The rows that count, those that use the same teachers side by side."""
+    wanted = _teachers_wanted(recipe, inputs, tokens, coefficients)
     if recipe.ignore_index is not None and "labels" in inputs:
-        kept = inputs["labels"][:, 0] != recipe.ignore_index
-        mask = kept if mask is None else mask & kept
-    if mask is None or bool(mask.all()):
+        ignored = inputs["labels"][:, 0] == recipe.ignore_index
+        if wanted is None:
+            wanted = torch.where(ignored, -1, (1 << len(recipe.heads)) - 2)
+        else:
+            wanted = torch.where(ignored, -1, wanted)
+    if wanted is None:
+        everything = (1 << len(recipe.heads)) - 2
+        return None, [_part(recipe, 0, tokens, everything)] if tokens else []
+    codes, counts = wanted.unique(return_counts=True)
+    parts, done = [], 0
+    for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+        if code >= 0:
+            parts.append(_part(recipe, done, done + count, code))
+            done += count
+    if done == tokens and len(parts) == 1:
+        return None, parts
+    order = wanted.sort(stable=True).indices
+    return order[tokens - done :], parts
+
+
+def _teachers_wanted(
+    recipe: Recipe, inputs: Mapping[str, Tensor], tokens: int, coefficients: Tensor | None
+) -> Tensor | None:
+    """A bit for each teacher that a row's weights ask for, [N]; -1 for a row without weights."""
+    if coefficients is None:
         return None
-    return mask.nonzero().squeeze(1)
+    used = torch.full((tokens,), -1, device=coefficients.device)
+    done = 0
+    for functional in recipe.functionals:
+        count = functional.outputs(inputs)
+        own = (coefficients[done : done + count] != 0).any(0)
+        bits = sum(1 << j for j in functional.teachers)
+        used = torch.where(own, used.clamp(min=0) | bits, used)
+        done += count
+    return used
 
 
-def check_ids(recipe: Recipe, inputs: Mapping[str, Tensor]) -> None:
-    """Raise if a live row's label or candidate id is outside the vocabulary."""
-    for name, ids in inputs.items():
-        if ids.dtype == torch.int64 and ids.numel():
-            low, high = (int(x) for x in ids.aminmax())
-            if low < 0 or high >= recipe.vocab:
+def _part(recipe: Recipe, start: int, stop: int, code: int) -> Part:
+    """The rows whose weights ask for the teachers of ``code``, and what is computed for them."""
+    streams = tuple(j for j in range(len(recipe.heads)) if j == 0 or code >> j & 1)
+    found = [i for i, f in enumerate(recipe.functionals) if set(f.teachers) <= set(streams)]
+    return Part(start, stop, streams, tuple(found))
+
+
+def check_inputs(recipe: Recipe, inputs: Mapping[str, Tensor]) -> None:
+    """Raise if a live row's label, candidate or offline teacher is not what it should be."""
+    check_inputs_of(recipe.vocab, inputs, recipe.ignore_index)
+
+
+def check_inputs_of(
+    vocab: int, inputs: Mapping[str, Tensor], ignore_index: int | None = None
+) -> None:
+    """As :func:`check_inputs`, for inputs that come without a recipe."""
+    for name, x in inputs.items():
+        if not x.numel():
+            continue
+        if x.dtype == torch.int64:
+            low, high = (int(end) for end in x.aminmax())
+            if low < 0 or high >= vocab:
                 bad = low if low < 0 else high
-                expected = f"token ids in [0, {recipe.vocab})"
-                if name == "labels" and recipe.ignore_index is not None:
-                    expected += f" or ignore_index {recipe.ignore_index}"
-                fail_value(name, expected, bad)
+                expected = f"token ids in [0, {vocab})"
+                if name == "labels" and ignore_index is not None:
+                    expected += f" or ignore_index {ignore_index}"
+                fail_value(PUBLIC_NAMES.get(name, name), expected, bad)
+        if name in DISTINCT and (x.sort(-1).values.diff(dim=-1) == 0).any():
+            fail_value(PUBLIC_NAMES[name], "distinct ids in each row", "an id twice")
+        if name == "teacher_logprobs":
+            check_logprobs(x)
+        if name == "advantage_values" and not x.isfinite().all():
+            fail_value(PUBLIC_NAMES[name], "finite log-ratios", "NaN or an infinity")
+
+
+#: Per-row inputs by the names that callers know them by.
+PUBLIC_NAMES = {
+    "teacher_ids": "teacher.ids",
+    "teacher_logprobs": "teacher.logprobs",
+    "advantage_ids": "aligned.ids",
+    "advantage_values": "aligned.values",
+}
+#: Inputs whose ids differ within a row.
+DISTINCT = ("teacher_ids", "advantage_ids")
+#: How far the probabilities of an offline teacher may exceed 1: those of a float16 cache do.
+EXCESS = 0.01
+
+
+def check_logprobs(logprobs: Tensor) -> None:
+    """Raise if these [rows, k] cannot be log-probabilities of distinct tokens."""
+    if logprobs.isnan().any():
+        fail_value("teacher.logprobs", "log-probabilities", "NaN")
+    if float(logprobs.max()) > EXCESS:
+        fail_value("teacher.logprobs", "log-probabilities, at most 0", float(logprobs.max()))
+    mass = float(logprobs.double().exp().sum(-1).max())
+    if mass > 1 + EXCESS:
+        fail_value("teacher.logprobs", "probabilities that sum to at most 1", f"a sum of {mass:g}")

@@ -94,22 +94,32 @@ class Recipe:
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """Every statistic of every functional once, in a fixed order."""
-        found: dict[Statistic, None] = {}
-        for functional in self.functionals:
-            found.update(dict.fromkeys(functional.statistics))
-        return tuple(found)
+        return _statistics(self.functionals)
 
     @property
     def sweeps(self) -> int:
         """1, or 2 when a statistic needs the normalisers first."""
         return max((s.sweep for s in self.statistics), default=1)
 
-    def measured(self) -> tuple[Statistic, ...]:
-        """The statistics to compute: the functionals', greedy and top-k tokens if wanted."""
+    def measured(self, functionals: tuple[int, ...] | None = None) -> tuple[Statistic, ...]:
+        """The statistics to compute: of all functionals or those at the places that are given.
+
+        Greedy and top-k tokens are among them if they are wanted.
+        """
         greedy = (Argmax(),) if self.argmax else ()
         largest = (Largest(self.topk),) if self.topk else ()
-        return (*self.statistics, *greedy, *largest)
+        if functionals is None:
+            return (*self.statistics, *greedy, *largest)
+        return (*_statistics(tuple(self.functionals[i] for i in functionals)), *greedy, *largest)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> int:
         """Number of values per row."""
         return sum(f.outputs(inputs) for f in self.functionals)
+
+
+@functools.lru_cache(maxsize=512)
+def _statistics(functionals: tuple[Functional, ...]) -> tuple[Statistic, ...]:
+    found: dict[Statistic, None] = {}
+    for functional in functionals:
+        found.update(dict.fromkeys(functional.statistics))
+    return tuple(found)

@@ -8,7 +8,7 @@ as many rows as the plan says.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from pad_kernels.backends.base import Backend, get_backend
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
 from pad_kernels.engine.plan import Plan
-from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.problem import Part, Problem
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import Picked, RowStats, Statistic, empty_stats
@@ -37,6 +37,7 @@ class Pass:
     backend: Backend
     workspace: Workspace
     copies: list[Tensor | None]
+    _rooms: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def start(problem: Problem, plan: Plan, workspace: Workspace) -> Pass:
@@ -44,33 +45,57 @@ class Pass:
         copies = problem.copied_weight_buffers(workspace, plan.vocab_block)
         return Pass(problem, plan, get_backend(plan.backend), workspace, copies)
 
-    def hidden_buffers(self, rows: int) -> list[Tensor]:
-        """Room for some rows' hidden states of every stream."""
-        gemm = self.problem.recipe.gemm
-        streams = self.problem.streams
-        return [self.workspace.empty(rows, s.hidden.shape[1], dtype=gemm) for s in streams]
+    def _room(self, name: str, numel: int) -> Tensor:
+        """A flat buffer in the products' dtype, made once."""
+        if name not in self._rooms:
+            self._rooms[name] = self.workspace.empty(numel, dtype=self.problem.recipe.gemm)
+        return self._rooms[name]
 
-    def hidden(self, start: int, stop: int, buffers: list[Tensor]) -> list[Tensor]:
-        """Hidden states of the live rows start to stop, every stream."""
+    def logit_room(self, rows: int, cols: int) -> dict[int, Tensor]:
+        """Room for rows x cols logits of every stream, flat."""
+        count = len(self.problem.streams)
+        return dict(enumerate(self._room("logits", count * rows * cols).view(count, -1)))
+
+    def hidden(
+        self, part: Part, start: int, stop: int, room: int, *, inside: bool = False
+    ) -> dict[int, Tensor]:
+        """Hidden states of the live rows start to stop, of the part's streams.
+
+        Args:
+            room: rows to have room for, whatever this call needs.
+            inside: put them at ``start`` of that room, beside those of other rows, and not at its
+                beginning.
+        """
         live, gemm = self.problem.live, self.problem.recipe.gemm
-        pairs = zip(self.problem.streams, buffers, strict=True)
-        return [s.rows(live, start, stop, gemm, buffer) for s, buffer in pairs]
+        found, offset = {}, start if inside else 0
+        for j in part.streams:
+            stream = self.problem.streams[j]
+            width = stream.hidden.shape[1]
+            buffer = self._room(f"hidden {j}", room * width).view(room, width)
+            found[j] = stream.rows(live, start, stop, gemm, buffer[offset : offset + stop - start])
+        return found
 
-    def logits(self, hidden: list[Tensor], start: int, stop: int, out: list[Tensor]) -> None:
+    def logits(
+        self, hidden: dict[int, Tensor], start: int, stop: int, out: dict[int, Tensor]
+    ) -> None:
         """Raw products of some rows with the vocabulary entries start to stop."""
         gemm = self.problem.recipe.gemm
-        for stream, h, z, copy in zip(self.problem.streams, hidden, out, self.copies, strict=True):
+        for j, h in hidden.items():
+            stream, copy = self.problem.streams[j], self.copies[j]
             step = stop - start if copy is None else copy.shape[0]
             for a, b in blocks(stop - start, step):
                 weight = stream.weights(start + a, start + b, gemm, copy)
-                torch.mm(h, weight.t(), out=z[:, a:b])
+                torch.mm(h, weight.t(), out=out[j][:, a:b])
 
-    def measure(self, stats: RowStats, logits: list[Tensor], offset: int, sweep: int) -> None:
-        """Merge a block of raw logits into running statistics."""
-        picked = [s for s in stats if s.sweep == sweep and isinstance(s, Picked)]
-        for statistic in picked:
-            stats[statistic] += self._picked(statistic, stats, logits[0], offset)
-        rest = [s for s in stats if s.sweep == sweep and not isinstance(s, Picked)]
+    def measure(
+        self, part: Part, stats: RowStats, logits: dict[int, Tensor], offset: int, sweep: int
+    ) -> None:
+        """Merge a block of raw logits into the running statistics that the part needs."""
+        wanted = [s for s in self.problem.recipe.measured(part.functionals) if s.sweep == sweep]
+        for statistic in wanted:
+            if isinstance(statistic, Picked):
+                stats[statistic] += self._picked(statistic, stats, logits[0], offset)
+        rest = [s for s in wanted if not isinstance(s, Picked)]
         if rest:
             self.backend.measure(self.problem, stats, rest, logits, offset)
 
@@ -88,8 +113,7 @@ class Pass:
 
     def empty_stats(self, rows: int, inputs: dict[str, Tensor]) -> RowStats:
         """Running statistics before the first block."""
-        like = torch.empty(0, dtype=self.problem.accumulate, device=self.problem.device)
-        return empty_stats(self.problem.recipe.measured(), rows, inputs, like)
+        return empty_stats(self.problem.recipe.measured(), rows, inputs, self.problem.device)
 
 
 def reduce_stats(stats: RowStats) -> RowStats:
@@ -99,64 +123,92 @@ def reduce_stats(stats: RowStats) -> RowStats:
 
 def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
     """Statistics of every live row; the first rows' raw logits go to ``kept``, if there is room."""
-    problem, plan = run.problem, run.plan
+    problem = run.problem
     stats = run.empty_stats(problem.rows, problem.inputs)
     held = 0 if kept is None else min(kept.shape[1], problem.rows)
-    if kept is not None:
-        _over_tokens(run, stats, 0, held, kept)
-    if problem.recipe.sweeps == 2:
-        _over_tokens(run, stats, held, problem.rows, None)
-    elif held < problem.rows:
-        _over_vocabulary(run, stats, held, plan.vocab_block)
+    over_tokens = problem.recipe.sweeps == 2
+    rest = 0 if over_tokens else problem.rows - held
+    room = max(min(run.plan.token_block, problem.rows), rest)
+    for part in problem.parts:
+        # Rows of this part that are kept come first.
+        inner = min(max(held, part.start), part.stop)
+        _over_tokens(run, part, stats, (part.start, inner), kept, room)
+        if over_tokens:
+            _over_tokens(run, part, stats, (inner, part.stop), None, room)
+        else:
+            _over_vocabulary(run, part, stats, (inner, part.stop), rest, room)
     return reduce_stats(stats)
 
 
-def _over_tokens(run: Pass, stats: RowStats, start: int, stop: int, kept: Tensor | None) -> None:
+def _over_tokens(
+    run: Pass, part: Part, stats: RowStats, span: tuple[int, int], kept: Tensor | None, room: int
+) -> None:
     """Statistics token block by token block, both sweeps while the block's logits are at hand."""
     vocab = run.problem.recipe.vocab
-    step = min(run.plan.token_block, stop - start)
-    if stop <= start:
-        return
-    hidden_buffers = run.hidden_buffers(step)
-    block = kept
-    if block is None:
-        shape = (len(run.problem.streams), step, vocab)
-        block = run.workspace.empty(*shape, dtype=run.problem.recipe.gemm)
+    start, stop = span
+    step = min(run.plan.token_block, run.problem.rows)
     for a, b in blocks(stop - start, step):
-        rows = slice(a, b) if kept is not None else slice(0, b - a)
-        logits = [z[rows] for z in block]
-        run.logits(run.hidden(start + a, start + b, hidden_buffers), 0, vocab, logits)
-        part = stats.rows(start + a, start + b)
-        run.measure(part, logits, 0, sweep=1)
+        a, b = start + a, start + b
+        if kept is None:
+            flat = run.logit_room(step, vocab)
+            logits = {j: flat[j][: (b - a) * vocab].view(b - a, vocab) for j in part.streams}
+        else:
+            logits = {j: kept[j, a:b] for j in part.streams}
+        run.logits(run.hidden(part, a, b, room), 0, vocab, logits)
+        rows = stats.rows(a, b)
+        run.measure(part, rows, logits, 0, sweep=1)
         if run.problem.recipe.sweeps == 2:
-            run.measure(reduce_stats(part), logits, 0, sweep=2)
+            run.measure(part, reduce_stats(rows), logits, 0, sweep=2)
 
 
-def _over_vocabulary(run: Pass, stats: RowStats, start: int, cols: int) -> None:
-    """One-sweep statistics of the rows from ``start`` on, vocabulary chunk by chunk."""
-    problem = run.problem
-    rows = problem.rows - start
-    hidden = run.hidden(start, problem.rows, run.hidden_buffers(rows))
-    buffer = run.workspace.empty(len(problem.streams), rows * cols, dtype=problem.recipe.gemm)
-    part = stats.rows(start, problem.rows)
-    for a, b in blocks(problem.recipe.vocab, cols):
-        logits = [z[: rows * (b - a)].view(rows, b - a) for z in buffer]
+def _over_vocabulary(
+    run: Pass, part: Part, stats: RowStats, span: tuple[int, int], most: int, room: int
+) -> None:
+    """One-sweep statistics of some rows, at most ``most``, vocabulary chunk by chunk."""
+    start, stop = span
+    cols = run.plan.vocab_block
+    if start == stop:
+        return
+    hidden = run.hidden(part, start, stop, room)
+    flat = run.logit_room(most, cols)
+    rows = stats.rows(start, stop)
+    for a, b in blocks(run.problem.recipe.vocab, cols):
+        logits = {
+            j: flat[j][: (stop - start) * (b - a)].view(stop - start, b - a) for j in part.streams
+        }
         run.logits(hidden, a, b, logits)
-        run.measure(part, logits, a, sweep=1)
+        run.measure(part, rows, logits, a, sweep=1)
+
+
+def _values(problem: Problem, part: Part, stats: RowStats, out: Tensor) -> None:
+    """Write the values of the part's rows to ``out`` [outputs, rows]; 0 for what it has not."""
+    done = 0
+    for i, functional in enumerate(problem.recipe.functionals):
+        count = functional.outputs(problem.inputs)
+        mine = i in part.functionals
+        out[done : done + count] = functional.value(stats) if mine else 0.0
+        done += count
 
 
 def values_of(problem: Problem, stats: RowStats) -> Tensor:
     """Values [outputs, live rows] of every functional."""
-    found = [f.value(stats) for f in problem.recipe.functionals]
-    return torch.cat(found, 0) if found else torch.empty(0, problem.rows)
+    shape = (problem.recipe.outputs(problem.inputs), problem.rows)
+    values = torch.empty(shape, dtype=problem.accumulate, device=problem.device)
+    for part in problem.parts:
+        rows = slice(part.start, part.stop)
+        _values(problem, part, stats.rows(part.start, part.stop), values[:, rows])
+    return values
 
 
-def gradient_of(problem: Problem, grad: Tensor, stats: RowStats) -> LogitGradient:
+def _gradient(problem: Problem, part: Part, grad: Tensor, stats: RowStats) -> LogitGradient:
     """Gradient with respect to the logits, given that of the values [outputs, rows]."""
     total, done = LogitGradient(), 0
-    for functional in problem.recipe.functionals:
+    # Coefficients that cancel must have been rounded alike, to what the row pass computes in.
+    stats, grad = stats.to(problem.accumulate), grad.to(problem.accumulate)
+    for i, functional in enumerate(problem.recipe.functionals):
         count = functional.outputs(problem.inputs)
-        total = total + functional.gradient(grad[done : done + count], stats)
+        if i in part.functionals:
+            total = total + functional.gradient(grad[done : done + count], stats)
         done += count
     return total
 
@@ -172,27 +224,26 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
         The values, [outputs, live rows].
     """
     problem, plan = run.problem, run.plan
-    vocab, gemm = problem.recipe.vocab, problem.recipe.gemm
+    vocab = problem.recipe.vocab
     values = torch.empty(weights.shape, dtype=problem.accumulate, device=problem.device)
-    if problem.rows == 0:
-        return values
     step = min(plan.token_block, problem.rows)
-    hidden_buffers = run.hidden_buffers(step)
-    buffer = run.workspace.empty(len(problem.streams), step, vocab, dtype=gemm)
-    bound = plan.filter * float(weights.abs().max()) if plan.filter else 0.0
-    for a, b in blocks(problem.rows, step):
-        hidden = run.hidden(a, b, hidden_buffers)
-        logits = [z[: b - a] for z in buffer]
-        run.logits(hidden, 0, vocab, logits)
-        stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
-        for sweep in range(1, problem.recipe.sweeps + 1):
-            run.measure(stats, logits, 0, sweep)
-            stats = reduce_stats(stats)
-        values[:, a:b] = values_of(problem, stats)
-        gradient = gradient_of(problem, weights[:, a:b], stats)
-        peaks = run.backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
-        runs = column_runs(peaks, bound, vocab)
-        out.add_rows(run, logits[0], hidden[0], (a, b), runs)
+    bound = plan.filter * float(weights.abs().max()) if plan.filter and problem.rows else 0.0
+    for part in problem.parts:
+        for a, b in blocks(part.stop - part.start, step):
+            a, b = part.start + a, part.start + b
+            hidden = run.hidden(part, a, b, step)
+            room = run.logit_room(step, vocab)
+            logits = {j: room[j][: (b - a) * vocab].view(b - a, vocab) for j in part.streams}
+            run.logits(hidden, 0, vocab, logits)
+            stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
+            for sweep in range(1, problem.recipe.sweeps + 1):
+                run.measure(part, stats, logits, 0, sweep)
+                stats = reduce_stats(stats)
+            _values(problem, part, stats, values[:, a:b])
+            gradient = _gradient(problem, part, weights[:, a:b], stats)
+            peaks = run.backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
+            runs = column_runs(peaks, bound, vocab)
+            out.add_rows(run, logits[0], hidden[0], (a, b), runs)
     return values
 
 
@@ -210,39 +261,51 @@ def differentiate_vocabulary(
         out: receives the gradients.
     """
     problem, plan = run.problem, run.plan
-    rows, gemm = problem.rows, problem.recipe.gemm
+    rows = problem.rows
     if rows == 0:
         return
     held = 0 if kept is None else min(kept.shape[1], rows)
-    hidden = run.hidden(0, rows, run.hidden_buffers(rows))
-    gradient = gradient_of(problem, grad, stats)
-    buffer = run.workspace.empty(len(problem.streams), rows * plan.vocab_block, dtype=gemm)
+    student = run.hidden(Part(0, rows, (0,), ()), 0, rows, rows)[0]
+    pieces = []
+    for part in problem.parts:
+        hidden = run.hidden(part, part.start, part.stop, rows, inside=True)
+        hidden[0] = student[part.start : part.stop]
+        inner = min(max(held, part.start), part.stop)
+        for a, b in ((part.start, inner), (inner, part.stop)):
+            if a < b:
+                of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
+                part_stats = stats.rows(a, b)
+                gradient = _gradient(problem, part, grad[:, a:b], part_stats)
+                pieces.append(_Piece(a, b, of_rows, part_stats, gradient))
+    room = run.logit_room(rows, plan.vocab_block)
     bound = plan.filter * float(grad.abs().max()) if plan.filter else 0.0
-    parts = [(0, held), (held, rows)]
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
-        logits = [z[: rows * (b - a)].view(rows, b - a) for z in buffer]
-        if held < rows:
-            run.logits([h[held:] for h in hidden], a, b, [z[held:] for z in logits])
+        chunk = {j: z[: rows * (b - a)].view(rows, b - a) for j, z in room.items()}
         peaks = None
-        for start, stop in parts:
-            if start == stop:
-                continue
-            source = [z[start:stop] for z in logits]
-            if stop <= held and kept is not None:
-                source = [z[start:stop, a:b] for z in kept]
+        for piece in pieces:
+            logits = {j: chunk[j][piece.start : piece.stop] for j in piece.hidden}
+            source = logits
+            if piece.stop <= held and kept is not None:
+                source = {j: kept[j, piece.start : piece.stop, a:b] for j in piece.hidden}
+            else:
+                run.logits(piece.hidden, a, b, logits)
             found = run.backend.gradient(
-                problem,
-                logits[0][start:stop],
-                source,
-                a,
-                stats.rows(start, stop),
-                gradient.rows(start, stop),
-                bound,
+                problem, logits[0], source, a, piece.stats, piece.gradient, bound
             )
             if found is not None:
                 peaks = found if peaks is None else torch.maximum(peaks, found)
-        runs = column_runs(peaks, bound, b - a)
-        out.add_columns(run, logits[0], hidden[0], (a, b), runs)
+        out.add_columns(run, chunk[0], student, (a, b), column_runs(peaks, bound, b - a))
+
+
+@dataclass
+class _Piece:
+    """Rows of one part, all of them kept or none, on their way through the vocabulary."""
+
+    start: int
+    stop: int
+    hidden: dict[int, Tensor]
+    stats: RowStats
+    gradient: LogitGradient
 
 
 def saved_statistics(problem: Problem) -> tuple[Statistic, ...]:

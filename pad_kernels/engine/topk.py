@@ -36,7 +36,8 @@ def topk(
             stats = schedule.measure_rows(schedule.Pass.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
         logprobs = (values - stats.maximum()) - stats.total().log()
-        return ids.t().to(torch.int64).contiguous(), logprobs.t().contiguous()
+        logprobs = logprobs.t().to(problem.accumulate).contiguous()
+        return ids.t().to(torch.int64).contiguous(), logprobs
 
 
 @topk.register_fake

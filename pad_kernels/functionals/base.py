@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ class LogitGradient:
 
     With s_j the probabilities of stream j and a_j its logits, the gradient at vocabulary entry v is
     ``constant + s_0 (student + sum_j moments[j] (a_j - max_j)) + sum_j probabilities[j] s_j``, plus
-    ``sparse`` entries, plus ``curved`` element-wise parts that are not of this form. Coefficients
-    are [rows]; a sparse item is (ids [rows, k], values [rows, k]).
+    ``sparse`` entries, plus s_0 times the ``outside`` coefficient where v is not among its ids,
+    plus ``curved`` element-wise parts that are not of this form. Coefficients are [rows]; a sparse
+    item is (ids [rows, k], values [rows, k]).
     """
 
     constant: Tensor | None = None
@@ -33,6 +34,7 @@ class LogitGradient:
     moments: dict[int, Tensor] = field(default_factory=dict)
     probabilities: dict[int, Tensor] = field(default_factory=dict)
     sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    outside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     curved: list[tuple[Functional, Tensor]] = field(default_factory=list)
 
     def __add__(self, other: LogitGradient) -> LogitGradient:
@@ -42,6 +44,7 @@ class LogitGradient:
             _add_all(self.moments, other.moments),
             _add_all(self.probabilities, other.probabilities),
             self.sparse + other.sparse,
+            self.outside + other.outside,
             self.curved + other.curved,
         )
 
@@ -53,6 +56,7 @@ class LogitGradient:
             {j: x[start:stop] for j, x in self.moments.items()},
             {j: x[start:stop] for j, x in self.probabilities.items()},
             [(ids[start:stop], values[start:stop]) for ids, values in self.sparse],
+            [(ids[start:stop], x[start:stop]) for ids, x in self.outside],
             [(functional, g[:, start:stop]) for functional, g in self.curved],
         )
 
@@ -85,8 +89,10 @@ def _add_all(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> dict[int, Tens
 class Functional:
     """One row functional; subclasses are frozen dataclasses of plain numbers and strings."""
 
-    #: How many streams it reads: 1 student, 2 with a teacher, 3 with two.
-    streams: ClassVar[int] = 1
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        """The streams it reads besides stream 0, the student's."""
+        return ()
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

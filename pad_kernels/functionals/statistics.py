@@ -2,8 +2,9 @@
 
 A block is some vocabulary entries of some rows. ``measure`` sees one block alone; ``merge`` joins
 the statistics of two disjoint parts of the vocabulary, whether they come from the next chunk,
-another thread or another rank. Every statistic is a tensor [width, rows] in the accumulation
-dtype (Argmax: int64), so merging is the same code for all of them.
+another thread or another rank. Every statistic is a float64 tensor [width, rows] (Argmax: int64),
+so merging is the same code for all of them. Logits are float32 for all but float64 inputs; a
+divergence of nearly equal models is the difference of two normalisers that agree to seven digits.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor
 class Block:
     """Logits of some rows over some vocabulary entries, one tensor [rows, cols] per stream.
 
-    ``logits`` are transformed (bias, scale, soft cap, temperature) and in the accumulation dtype.
+    ``logits`` are transformed (bias, scale, soft cap, temperature) and in the accumulation dtype,
+    by stream: rows that do not use a teacher lack its.
     ``inputs`` are per-row inputs such as ids, sliced to the same rows.
     """
 
-    logits: list[Tensor]
+    logits: Mapping[int, Tensor]
     offset: int
     inputs: Mapping[str, Tensor]
     _cache: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -86,8 +88,14 @@ class RowStats(dict["Statistic", Tensor]):
         Less the maximum first: subtracting a large normaliser at once would round twice as coarsely
         as the logits themselves.
         """
-        shifted = logits - finite_or_zero(self.maximum(stream)).unsqueeze(-1)
-        return shifted - self.total(stream).log().unsqueeze(-1)
+        numbers = finite_or_zero(self.maximum(stream)), self.total(stream).log()
+        maximum, lse = (x.to(logits.dtype).unsqueeze(-1) for x in numbers)
+        return logits - maximum - lse
+
+    def to(self, dtype: torch.dtype) -> RowStats:
+        """The same statistics, numbers rounded to a dtype."""
+        values = {s: x.to(dtype) if x.is_floating_point() else x for s, x in self.items()}
+        return RowStats(values, self.inputs)
 
     def rows(self, start: int, stop: int) -> RowStats:
         """The same statistics for rows start to stop, as views."""
@@ -141,7 +149,8 @@ class Normalizer(Statistic):
         return state
 
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
-        return torch.stack((block.maximum(self.stream), block.exp(self.stream).sum(-1)))
+        total = block.exp(self.stream).sum(-1, dtype=torch.float64)
+        return torch.stack((block.maximum(self.stream).double(), total))
 
     def merge(self, a: RowStats, b: RowStats, merged: RowStats) -> Tensor:
         return _merge_normalizers(a[self], b[self])
@@ -163,7 +172,8 @@ class Moment(Statistic):
         for j, c in enumerate(self.coefficients):
             if c != 0:
                 factor += c * (block.logits[j] - finite_or_zero(block.maximum(j)).unsqueeze(-1))
-        return torch.where(weight == 0, 0.0, weight * factor).sum(-1).unsqueeze(0)
+        terms = torch.where(weight == 0, 0.0, weight * factor)
+        return terms.sum(-1, dtype=torch.float64).unsqueeze(0)
 
     def merge(self, a: RowStats, b: RowStats, merged: RowStats) -> Tensor:
         parts = [self._shifted(side, merged) for side in (a, b)]
@@ -183,12 +193,18 @@ class Moment(Statistic):
         return torch.where(scale * mass == 0, 0.0, moved)
 
 
+def log_ratio(over: int, under: int) -> tuple[float, ...]:
+    """Coefficients of a moment: the logits of stream ``over`` less those of ``under``."""
+    signs = {over: 1.0, under: -1.0}
+    return tuple(signs.get(j, 0.0) for j in range(max(over, under) + 1))
+
+
 @dataclass(frozen=True)
 class Total(Statistic):
     """Sum of the student's logits."""
 
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
-        return block.logits[0].sum(-1).unsqueeze(0)
+        return block.logits[0].sum(-1, dtype=torch.float64).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -243,8 +259,8 @@ class Tail(Statistic):
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
         rest = block.logits[0].masked_fill(block.listed(block.inputs[self.ids]), -torch.inf)
         maximum = rest.amax(-1)
-        total = torch.exp(rest - finite_or_zero(maximum).unsqueeze(-1)).sum(-1)
-        return torch.stack((maximum, total))
+        rest = torch.exp(rest - finite_or_zero(maximum).unsqueeze(-1))
+        return torch.stack((maximum.double(), rest.sum(-1, dtype=torch.float64)))
 
     def merge(self, a: RowStats, b: RowStats, merged: RowStats) -> Tensor:
         return _merge_normalizers(a[self], b[self])
@@ -254,8 +270,7 @@ class Tail(Statistic):
 class Largest(Statistic):
     """The k largest student logits, largest first, lowest id among equals.
 
-    Stored as values [k, rows] over ids [k, rows], both in the accumulation dtype (ids below 2**24
-    are exact in float32); unused places hold -inf and id -1.
+    Stored as values [k, rows] over ids [k, rows], both float64; unused places hold -inf and id -1.
     """
 
     k: int
@@ -272,7 +287,7 @@ class Largest(Statistic):
         logits = block.logits[0]
         count = min(self.k, logits.shape[1])
         values, columns = _first_largest(logits, count)
-        state = self.empty(logits.shape[0], block.inputs, logits)
+        state = self.empty(logits.shape[0], block.inputs, logits.double()[:0])
         state[:count] = values.t()
         state[self.k : self.k + count] = (columns + block.offset).t().to(state.dtype)
         return state
@@ -303,15 +318,19 @@ def _first_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def empty_stats(
-    statistics: Iterable[Statistic], rows: int, inputs: Mapping[str, Tensor], like: Tensor
+    statistics: Iterable[Statistic], rows: int, inputs: Mapping[str, Tensor], device: torch.device
 ) -> RowStats:
-    """Neutral statistics for ``rows`` rows in ``like``'s dtype and device."""
+    """Neutral statistics for ``rows`` rows."""
+    like = torch.empty(0, dtype=torch.float64, device=device)
     return RowStats({s: s.empty(rows, inputs, like) for s in statistics}, inputs)
 
 
 def measure(statistics: Iterable[Statistic], block: Block, first: RowStats | None) -> RowStats:
     """The statistics of one block alone."""
-    return RowStats({s: s.measure(block, first) for s in statistics}, block.inputs)
+    found = {s: s.measure(block, first) for s in statistics}
+    return RowStats(
+        {s: x.double() if x.is_floating_point() else x for s, x in found.items()}, block.inputs
+    )
 
 
 def merge(a: RowStats, b: RowStats) -> RowStats:

@@ -1,4 +1,4 @@
-"""Forward KL to an offline teacher that kept k tokens a row, the rest as one bucket."""
+"""Divergence to an offline teacher that kept k tokens a row, the rest as one bucket."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pad_kernels.functionals.base import Functional, LogitGradient, register
+from pad_kernels.functionals.divergence import outcome
 from pad_kernels.functionals.statistics import (
-    Block,
     Normalizer,
     Picked,
     RowStats,
@@ -23,49 +23,51 @@ _IDS, _LOGPROBS = "teacher_ids", "teacher_logprobs"
 
 @register
 @dataclass(frozen=True)
-class TopKForwardKL(Functional):
-    """KL between (k tokens + tail bucket) outcomes of teacher and student.
+class TopKDivergence(Functional):
+    """Divergence between (k tokens + tail bucket) outcomes of teacher and student.
 
     Inputs: ``teacher_ids`` int64 [rows, k], distinct in each row, and ``teacher_logprobs``
-    [rows, k]. Gradient: s - t on the k tokens, s - t_tail s / s_tail elsewhere. The last term is an
-    element-wise one: as a constant times s with exceptions on the k tokens it would cancel there,
-    and t_tail / s_tail has no bound.
+    [rows, k]. With the outcomes' slopes and their sum G, the gradient is slope - s G on the k
+    tokens and s (slope_tail / s_tail - G) elsewhere, a coefficient of s *outside* those tokens: as
+    one of s everywhere it would have to cancel on them, and 1 / s_tail has no bound.
+
+    ``whole`` says that the k tokens are the vocabulary, so that there is no tail.
     """
+
+    kind: str = "forward_kl"
+    alpha: float = 0.5
+    whole: bool = False
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return Normalizer(0), Picked(_IDS), Tail(_IDS)
 
-    def _outcomes(self, stats: RowStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student and teacher log-probs on the k tokens [k, rows] and in the tail [rows]."""
+    def _logprobs(self, stats: RowStats) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's log-probs of the outcomes, [k + 1, rows], the tail last."""
         kept_s = stats.logprobs(0, stats[Picked(_IDS)].t()).t()
         tail_max, tail_sum = stats[Tail(_IDS)]
         tail_s = stats.logprobs(0, finite_or_zero(tail_max).unsqueeze(-1)).squeeze(-1)
         tail_s = tail_s + tail_sum.log()
         kept_t = stats.inputs[_LOGPROBS].t().to(kept_s.dtype)
         # Kept mass above 1 is rounding: the tail is then empty.
-        tail_t = (1 - kept_t.exp().sum(0)).clamp(min=0)
-        return kept_s, kept_t, tail_s, tail_t
+        tail_t = torch.log1p(-kept_t.exp().sum(0).clamp(max=1))
+        if self.whole:
+            tail_s, tail_t = (torch.full_like(x, -torch.inf) for x in (tail_s, tail_t))
+        return torch.cat((kept_s, tail_s[None])), torch.cat((kept_t, tail_t[None]))
 
     def value(self, stats: RowStats) -> Tensor:
-        kept_s, kept_t, tail_s, tail_t = self._outcomes(stats)
-        weight = kept_t.exp()
-        kept = torch.where(weight == 0, 0.0, weight * (kept_t - kept_s)).sum(0)
-        tail = torch.where(tail_t == 0, 0.0, tail_t * (tail_t.log() - tail_s))
+        found = outcome(self.kind, self.alpha, *self._logprobs(stats)).value.sum(0)
         # Below 0 by rounding alone: the outcomes' masses need not add up to 1 exactly.
-        return (kept + tail).clamp(min=0).unsqueeze(0)
+        return found.clamp(min=0).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        _, kept_t, _, _ = self._outcomes(stats)
+        g, (student, teacher) = grad[0], self._logprobs(stats)
+        slope, s = outcome(self.kind, self.alpha, student, teacher).slope, student.exp()
+        mean = slope.sum(0)
+        # The kept mass may be 1 to rounding; the student has no tail where its probability is 0.
+        tail = torch.where(s[-1] == 0, 0.0, slope[-1] / s[-1])
+        on_ids = slope[:-1] - s[:-1] * mean
         return LogitGradient(
-            student=grad[0],
-            sparse=[(stats.inputs[_IDS], -(grad[0] * kept_t.exp()).t())],
-            curved=[(self, grad)],
+            outside=[(stats.inputs[_IDS], g * (tail - mean))],
+            sparse=[(stats.inputs[_IDS], (g * on_ids).t())],
         )
-
-    def curved(self, block: Block, grad: Tensor, stats: RowStats) -> Tensor:
-        tail_max, tail_sum = stats[Tail(_IDS)].unsqueeze(-1)
-        share = torch.exp(block.logits[0] - finite_or_zero(tail_max)) / tail_sum
-        kept = block.listed(stats.inputs[_IDS])
-        tail_t = self._outcomes(stats)[3]
-        return share.masked_fill(kept, 0.0) * -(grad[0] * tail_t).unsqueeze(-1)

@@ -156,7 +156,8 @@ def linear_preference_loss(
         >>> linear_preference_loss(hidden, weight, labels, teacher, beta=10.0).item()
         0.0
     """
-    from pad_kernels.api import linear_logprob, shifted_labels  # api is above this module
+    from pad_kernels._tokens import shifted_labels
+    from pad_kernels.api import linear_logprob  # api is above this module
 
     _check_layout(hidden, labels, teacher_rewards, cu_seqlens)
     check_ranking(

@@ -1,0 +1,174 @@
+"""Losses against teachers, put together: which functionals, over which streams and inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pad_kernels._checks import check_choice, check_number, fail_type, fail_value
+from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.call import Call
+from pad_kernels.engine.candidates import candidate_logits
+from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.functionals import Advantage, Functional, TopKDivergence
+from pad_kernels.functionals import TopKAdvantage as TopKAdvantageFunctional
+from pad_kernels.functionals.divergence import DEFAULT_ALPHA, KINDS, divergence, outcome
+from pad_kernels.heads import Head, HeadOptions
+from pad_kernels.offline import TopKAdvantage, TopKTeacher
+
+
+def check_kind(kind: str, alpha: float | None) -> float:
+    """Check a divergence's kind and alpha; return the alpha in force (0 where there is none)."""
+    check_choice("kind", kind, KINDS)
+    if kind not in DEFAULT_ALPHA:
+        if alpha is not None:
+            fail_value("alpha", f"None for kind={kind!r}, which has no mixture", alpha)
+        return 0.0
+    if alpha is None:
+        return DEFAULT_ALPHA[kind]
+    number = check_number("alpha", alpha)
+    if not 0 < number < 1:
+        expected = "a number in (0, 1) (at the ends use kind='forward_kl' or 'reverse_kl')"
+        fail_value("alpha", expected, alpha)
+    return number
+
+
+class Mixture:
+    """The student, its teachers, and the functionals of one pass over them.
+
+    Args:
+        student: the head that may want gradients.
+        name: what it is called in messages.
+    """
+
+    def __init__(self, student: Head, name: str = "student") -> None:
+        if not isinstance(student, Head):
+            fail_type(name, "a pad_kernels.Head", student)
+        self.student = student
+        self._teachers: list[Head] = []
+        self._names = [name + "."]
+        self._inputs: dict[str, Tensor] = {}
+        self.functionals: list[Functional] = []
+
+    def _stream(self, head: Head, name: str) -> int:
+        """The number of a teacher's stream; the same head twice is one stream."""
+        for j, known in enumerate(self._teachers, 1):
+            if known is head or _same(known, head):
+                return j
+        self._teachers.append(head)
+        self._names.append(name + ".")
+        return len(self._teachers)
+
+    @property
+    def _vocab(self) -> int:
+        size = self.student.vocab_size
+        return self.student.weight.shape[0] if size is None else size
+
+    def add(self, functional: Functional) -> int:
+        """Add a functional; returns the place of its value among the outputs."""
+        self.functionals.append(functional)
+        return len(self.functionals) - 1
+
+    def add_divergence(self, teacher: Head | TopKTeacher, kind: str, alpha: float) -> int:
+        """Add a divergence to a teacher that is not a renormalised offline one."""
+        if isinstance(teacher, Head):
+            return self.add(divergence(kind, alpha, self._stream(teacher, "teacher")))
+        self._check_offline(teacher, "teacher")
+        self._inputs["teacher_ids"] = _flat(teacher.ids).to(torch.int64)
+        self._inputs["teacher_logprobs"] = _flat(teacher.logprobs)
+        whole = teacher.ids.shape[-1] == self._vocab
+        return self.add(TopKDivergence(kind, alpha, whole))
+
+    def renormalized(
+        self, teacher: TopKTeacher, kind: str, alpha: float, counted: Tensor
+    ) -> Tensor:
+        """Divergence to a renormalised offline teacher, [N]; no pass over the vocabulary."""
+        options = self.student.checked(self._names[0])
+        self._check_offline(teacher, "teacher")
+        return _renormalized(self.student, options, teacher, kind, alpha, counted)
+
+    def add_advantage(self, aligned: Head | TopKAdvantage, reference: Head | None) -> int:
+        """Add the expected log-ratio of an aligned and a reference teacher."""
+        if isinstance(aligned, TopKAdvantage):
+            if reference is not None:
+                fail_value("reference", "None: offline log-ratios have it in them", "a head")
+            self._check_offline(aligned, "aligned")
+            self._inputs["advantage_ids"] = _flat(aligned.ids).to(torch.int64)
+            self._inputs["advantage_values"] = _flat(aligned.values)
+            return self.add(TopKAdvantageFunctional())
+        if not isinstance(aligned, Head):
+            fail_type("aligned", "a pad_kernels.Head or TopKAdvantage", aligned)
+        if not isinstance(reference, Head):
+            fail_type("reference", "a pad_kernels.Head to go with aligned", reference)
+        return self.add(
+            Advantage(self._stream(aligned, "aligned"), self._stream(reference, "reference"))
+        )
+
+    def _check_offline(self, offline: TopKTeacher | TopKAdvantage, name: str) -> None:
+        leading = self.student.hidden.shape[:-1]
+        offline.checked(name + ".", leading, self._vocab)
+        if offline.ids.device != self.student.hidden.device:
+            expected = f"a tensor on {self.student.hidden.device}"
+            fail_value(name + ".ids", expected, f"one on {offline.ids.device}")
+
+    def call(
+        self, labels: Tensor | None, ignore_index: int, plan: PlanRequest | Plan | str | None
+    ) -> Call:
+        """The call of the row engine; ``labels`` are aligned, [...]."""
+        inputs = dict(self._inputs)
+        if labels is not None:
+            inputs["labels"] = labels.reshape(-1, 1)
+        return Call(
+            self.student,
+            tuple(self._teachers),
+            inputs,
+            None if labels is None else ignore_index,
+            plan,
+            tuple(self._names),
+        )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _same(a: Head, b: Head) -> bool:
+    """Whether two heads compute the same logits."""
+    tensors = all(getattr(a, n) is getattr(b, n) for n in ("hidden", "weight", "bias"))
+    names = ("softcap", "logit_scale", "temperature", "vocab_size")
+    return tensors and all(getattr(a, n) == getattr(b, n) for n in names)
+
+
+def _renormalized(
+    student: Head,
+    options: HeadOptions,
+    teacher: TopKTeacher,
+    kind: str,
+    alpha: float,
+    counted: Tensor,
+) -> Tensor:
+    """Divergence over a teacher's k tokens alone, both sides renormalised; [N], differentiable.
+
+    Args:
+        student, options: the student and its checked options.
+        teacher: ``tail`` is "renormalize"; its shapes are checked already.
+        counted: bool [N], rows to compute; the others are 0.
+    """
+    dtype = accumulate_dtype(student.hidden.dtype)
+    kept = counted.unsqueeze(1)
+    ids = torch.where(kept, _flat(teacher.ids).to(torch.int64), 0)
+    logprobs = torch.where(kept, _flat(teacher.logprobs), 0.0)
+    hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
+    size = student.weight.shape[0] if student.vocab_size is None else student.vocab_size
+    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, size)
+    if student.bias is not None:
+        raw = raw + student.bias.to(dtype)[ids]
+    logits = options.transform(raw)
+    with torch.no_grad():
+        s, t = logits.double().log_softmax(-1), logprobs.double().log_softmax(-1)
+        found = outcome(kind, alpha, s, t)
+        value = (found.value + found.balance * (s.exp() - t.exp())).sum(-1).to(dtype)
+        gradient = (found.slope - s.exp() * found.slope.sum(-1, keepdim=True)).to(dtype)
+    # Its value is 0; what it adds is the gradient by the logits, in closed form.
+    carrier = torch.where(gradient == 0, 0.0, gradient * (logits - logits.detach())).sum(-1)
+    return torch.where(counted, value + carrier, 0.0)
