@@ -381,3 +381,20 @@ REFUSED = [
 def test_refused(function, change, error, match):
     with pytest.raises(error, match=match):
         function(**{**GOOD[function], **change})
+
+
+def test_kto_keeps_the_digits_of_float64():
+    beta, good, bad = 0.1, 0.7, 1.3  # none of them is a float32
+    ratio = column(0.4, -0.9)
+    out = kto_loss(
+        ratio,
+        torch.zeros_like(ratio),
+        torch.tensor([True, False]),
+        kl=0.0,
+        beta=beta,
+        desirable_weight=good,
+        undesirable_weight=bad,
+        reduction="none",
+    )
+    expected = column(good / (1 + math.exp(beta * 0.4)), bad / (1 + math.exp(beta * 0.9)))
+    torch.testing.assert_close(out.loss, expected, rtol=1e-14, atol=0)

@@ -128,7 +128,9 @@ def kto_loss(
                 fail_value(name, f"None for kind={kind!r}", "a reference point")
         point = policy.new_zeros(())
     ratio = policy - reference
-    # A response is pushed up or down: the two cases differ in one sign.
-    sign = torch.where(desirable, -scale, scale)
-    losses = torch.sigmoid(sign * (ratio - point)) * torch.where(desirable, good, bad)
-    return KTOOutput(reduced(losses.to(policy.dtype), reduction), scale * ratio.detach(), point)
+    # A response is pushed up or down: the two cases differ in one sign. Tensors of the result's
+    # dtype, since torch.where makes float32 of two numbers.
+    up, down = policy.new_full((), -scale), policy.new_full((), scale)
+    weights = torch.where(desirable, policy.new_full((), good), policy.new_full((), bad))
+    losses = torch.sigmoid(torch.where(desirable, up, down) * (ratio - point)) * weights
+    return KTOOutput(reduced(losses, reduction), scale * ratio.detach(), point)
