@@ -359,7 +359,7 @@ PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
   const T smaller = larger * part;
   const T s = leads ? smaller : larger, t = leads ? larger : smaller;
   const T y = (leads ? T(1) - w : w) * less;
-  const T below = log1p_of(y);  // log m/larger
+  const T below = log1p_of(y);                           // log m/larger
   const T of_student = (leads ? -ratio : T(0)) - below;  // log s/m
   const T of_teacher = (leads ? T(0) : ratio) - below;   // log t/m
   if (kKind == DivergenceKind::jsd) {

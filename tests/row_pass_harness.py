@@ -53,7 +53,8 @@ class Stream:
             a = a + self.bias.to(dtype)
         slope = self.scale / self.temperature
         if not self.softcap:
-            return a * slope, torch.full_like(a, slope)
+            # Step by step, as a head computes it.
+            return a * self.scale / self.temperature, torch.full_like(a, slope)
         capped = torch.tanh(a * (self.scale / self.softcap))
         return capped * (self.softcap / self.temperature), slope * (1 - capped * capped)
 

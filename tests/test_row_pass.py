@@ -152,7 +152,7 @@ def test_gradient(dtype: torch.dtype, shape: tuple[int, int], count: int, head: 
         Terms(c0=column(), q=[column(), *[None] * (count - 1)]),
         Terms(c1=column(), q=each, p=[c * 0.5 for c in each], **sparse),
         Terms(p=[*[None] * (count - 1), column()]),
-        Terms(c1=column(), outside_ids=ids[:, 1:], outside=column() * 100, **sparse),
+        Terms(c1=column(), outside_ids=ids[:, 1:].contiguous(), outside=column() * 100, **sparse),
         Terms(c0=column()),
     ]
     for terms in cases:

@@ -72,8 +72,8 @@ RowPass choose() {
     return {"avx512", &pad::avx512::row_statistics, &pad::avx512::row_outcomes,
             &pad::avx512::row_gradient, &pad::avx512::head_transform};
   if (has_avx2 && cap != "baseline")
-    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_outcomes,
-            &pad::avx2::row_gradient, &pad::avx2::head_transform};
+    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_outcomes, &pad::avx2::row_gradient,
+            &pad::avx2::head_transform};
 #endif
   return {"baseline", &pad::portable::row_statistics, &pad::portable::row_outcomes,
           &pad::portable::row_gradient, &pad::portable::head_transform};
@@ -275,7 +275,8 @@ void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, 
   args.outside = parse_ids("outside", terms.outside);
   require_pointer("outside_ids", std::get<0>(terms.outside), terms.outside_value && rows > 0);
   args.divergence = parse_divergence(args, terms.divergence);
-  require_pointer("divergence_weight", terms.divergence_weight, args.divergence.teacher && rows > 0);
+  require_pointer("divergence_weight", terms.divergence_weight,
+                  args.divergence.teacher && rows > 0);
   require_pointer("divergence_slope", terms.divergence_slope, args.divergence.teacher && rows > 0);
   if (tile_absmax) require_count("tile", tile, 1);
   args.out = at(out);

@@ -148,87 +148,127 @@ void transform_tile(const Z* z, const T* bias, const Head<T>& head, int64_t n, T
   }
 }
 
+// A sum of floats is cut after so many: next to a sum of 1 a long row of terms below 6e-8 would be
+// lost one by one, which at 8192 of them cost 4e-6. Chunks add up in double.
+constexpr int64_t kChunk = 512;
+
+// The sum over chunks [i, i + m) of [0, n) of what `chunk(i, m)` returns.
+template <class Chunk>
+double over_chunks(int64_t n, Chunk chunk) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kChunk) total += chunk(i, smaller(kChunk, n - i));
+  return total;
+}
+
 template <class Z, class T>
-T tile_sum(const Z* z, int64_t n, T shift) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp_of(load(z[i]) - shift);
-  return sum;
+double tile_sum(const Z* z, int64_t n, T shift) {
+  return over_chunks(n, [=](int64_t begin, int64_t m) {
+    T sum = 0;
+    PAD_SIMD_SUM(sum)
+    for (int64_t i = begin; i < begin + m; ++i) sum += exp_of(load(z[i]) - shift);
+    return sum;
+  });
 }
 
 // The sum, and sum exp(x) x with x = a - max: the moment of one stream with itself.
 template <class Z, class T>
-T tile_sum_and_moment(const Z* z, int64_t n, T shift, T* moment_out) {
-  T sum = 0, moment = 0;
-  PAD_SIMD_SUM(sum, moment)
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = load(z[i]) - shift;
-    const T exp = exp_of(x);
-    sum += exp;
-    moment += weighted(exp, x);
-  }
-  *moment_out = moment;
-  return sum;
+double tile_sum_and_moment(const Z* z, int64_t n, T shift, double* moment_out) {
+  double moments = 0;
+  const double sums = over_chunks(n, [=, &moments](int64_t begin, int64_t m) {
+    T sum = 0, moment = 0;
+    PAD_SIMD_SUM(sum, moment)
+    for (int64_t i = begin; i < begin + m; ++i) {
+      const T x = load(z[i]) - shift;
+      const T exp = exp_of(x);
+      sum += exp;
+      moment += weighted(exp, x);
+    }
+    moments += moment;
+    return sum;
+  });
+  *moment_out = moments;
+  return sums;
 }
 
-// As tile_sum, keeping the exponentials.
+// As tile_sum, keeping the exponentials. With `base`, those of another stream whose sum is
+// `base_sum`: the sums of two nearly equal streams agree to seven digits, and their divergence is
+// made of the rest, so that a small difference is added up by itself.
 template <class T>
-T tile_exponentials(const T* a, int64_t n, T shift, T* exps) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
-    sum += exps[i];
-  }
-  return sum;
+double tile_exponentials(const T* a, int64_t n, T shift, T* exps, const T* base, double base_sum) {
+  double difference = 0;
+  const double sum = over_chunks(n, [=, &difference](int64_t begin, int64_t m) {
+    T total = 0, over = 0;
+    if (!base) {
+      PAD_SIMD_SUM(total)
+      for (int64_t i = begin; i < begin + m; ++i) {
+        exps[i] = exp_of(a[i] - shift);
+        total += exps[i];
+      }
+      return total;
+    }
+    PAD_SIMD_SUM(total, over)
+    for (int64_t i = begin; i < begin + m; ++i) {
+      exps[i] = exp_of(a[i] - shift);
+      total += exps[i];
+      over += exps[i] - base[i];
+    }
+    difference += over;
+    return total;
+  });
+  const double size = difference < 0 ? -difference : difference;
+  return base && size < 0.25 * sum ? base_sum + difference : sum;
 }
 
-// As tile_exponentials, for the sum less that of `base`: the sums of two nearly equal streams agree
-// to seven digits, and their divergence is made of the rest.
+// sum exps (x_over - x_under), with x = a - shift and exps those of another stream.
 template <class T>
-T tile_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
-    sum += exps[i] - base[i];
-  }
-  return sum;
-}
-
-// sum exps (x_over - x_under), with x = a - shift. With `rest`, the exponentials of x_under, where
-// exps are those of x_over: plus rest - exps, which makes every summand positive.
-template <class T>
-T tile_log_ratio(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
-                 T shift_under, int64_t n) {
-  T sum = 0;
-  if (rest) {
+double tile_log_ratio(const T* exps, const T* over, T shift_over, const T* under, T shift_under,
+                      int64_t n) {
+  return over_chunks(n, [=](int64_t begin, int64_t m) {
+    T sum = 0;
     PAD_SIMD_SUM(sum)
-    for (int64_t i = 0; i < n; ++i)
-      sum += (rest[i] - exps[i]) +
-             weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-  } else {
-    PAD_SIMD_SUM(sum)
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = begin; i < begin + m; ++i)
       sum += weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-  }
-  return sum;
+    return sum;
+  });
+}
+
+// The same with exps those of `over`, and `rest` those of `under`, whose sums differ by `gap`.
+// Where that is little, rest - exps is added to every summand, which makes it positive and small,
+// and the sum of them is taken off again.
+template <class T>
+double tile_own_log_ratio(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
+                          T shift_under, double sum, double gap, int64_t n) {
+  const double size = gap < 0 ? -gap : gap;
+  if (!(size < 0.25 * sum)) return tile_log_ratio(exps, over, shift_over, under, shift_under, n);
+  const double balanced = over_chunks(n, [=](int64_t begin, int64_t m) {
+    T total = 0;
+    PAD_SIMD_SUM(total)
+    for (int64_t i = begin; i < begin + m; ++i)
+      total += (rest[i] - exps[i]) +
+               weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
+    return total;
+  });
+  return balanced - gap;
 }
 
 template <class T>
-T tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) sum += weighted(exps[i], factors[i]);
-  return sum;
+double tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
+  return over_chunks(n, [=](int64_t begin, int64_t m) {
+    T sum = 0;
+    PAD_SIMD_SUM(sum)
+    for (int64_t i = begin; i < begin + m; ++i) sum += weighted(exps[i], factors[i]);
+    return sum;
+  });
 }
 
 template <class Z>
-auto tile_total(const Z* z, int64_t n) -> decltype(load(*z)) {
-  decltype(load(*z)) total = 0;
-  PAD_SIMD_SUM(total)
-  for (int64_t i = 0; i < n; ++i) total += load(z[i]);
-  return total;
+double tile_total(const Z* z, int64_t n) {
+  return over_chunks(n, [=](int64_t begin, int64_t m) {
+    decltype(load(*z)) total = 0;
+    PAD_SIMD_SUM(total)
+    for (int64_t i = begin; i < begin + m; ++i) total += load(z[i]);
+    return total;
+  });
 }
 
 template <class T>
@@ -273,8 +313,7 @@ void make_heads(const BlockArgs& args, Head<T>* head) {
 template <class Z>
 void prefetch_streams(const BlockArgs& args, int64_t row, int64_t col, int64_t n) {
   for (int j = 0; j < args.streams; ++j)
-    if (args.stream[j].logits)
-      prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, col), n);
+    if (args.stream[j].logits) prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, col), n);
 }
 
 // The token ids of one row, consumed from left to right.
@@ -358,7 +397,7 @@ void one_stream_tile(const StatisticsPlan<Z>& plan, const A* a, int64_t n, int64
   const T tile_max = tile_maximum(a, n);
   const T maximum = larger(T(so_far.maximum[0]), tile_max);
   const T shift = shift_of(maximum);
-  T sum, moment = 0;
+  double sum, moment = 0;
   sum = args.moments ? tile_sum_and_moment(a, n, shift, &moment) : tile_sum(a, n, shift);
   tile.maximum[0] = maximum;
   tile.sum[0] = sum;
@@ -386,10 +425,9 @@ double moment_of(const Moment<double>& moment, const T (&a)[kMaxStreams][kSize],
     return tile_weighted_sum(exps[w], factors, n);
   }
   const int over = moment.over, under = moment.under;
-  const bool balanced = over == w;
-  const double ratio = tile_log_ratio(exps[w], balanced ? exps[under] : nullptr, a[over],
-                                      shift[over], a[under], shift[under], n);
-  return balanced ? ratio - (sum[under] - sum[w]) : ratio;
+  if (over != w) return tile_log_ratio(exps[w], a[over], shift[over], a[under], shift[under], n);
+  return tile_own_log_ratio(exps[w], exps[under], a[over], shift[over], a[under], shift[under],
+                            sum[w], sum[under] - sum[w], n);
 }
 
 // The student's entries outside a few ids: maximum and sum.
@@ -421,10 +459,7 @@ void many_streams_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, 
     const T maximum = larger(T(so_far.whole.maximum[j]), tile_max);
     shift[j] = shift_of(maximum);
     tile.maximum[j] = maximum;
-    if (j == 0)
-      tile.sum[j] = tile_exponentials(a[j], n, shift[j], exps[j]);
-    else
-      tile.sum[j] = tile.sum[0] + tile_exponentials_over(a[j], exps[0], n, shift[j], exps[j]);
+    tile.sum[j] = tile_exponentials(a[j], n, shift[j], exps[j], j ? exps[0] : nullptr, tile.sum[0]);
   }
   for (int k = 0; k < args.moments; ++k)
     tile.moment[k] = moment_of(plan.moment[k], a, exps, shift, tile.sum, args.streams, n);
@@ -544,8 +579,8 @@ template <class T>
 OutcomeRow<T> outcome_row(const double* const* maximum, const double* const* sum, int teacher,
                           int64_t row) {
   const double sum_s = sum[0][row], sum_t = sum[teacher][row];
-  return {shift_of(T(maximum[0][row])), shift_of(T(maximum[teacher][row])),
-          T(inverse_of(sum_s)), T(inverse_of(sum_t)), T(log(sum_t / sum_s))};
+  return {shift_of(T(maximum[0][row])), shift_of(T(maximum[teacher][row])), T(inverse_of(sum_s)),
+          T(inverse_of(sum_t)), T(log(sum_t / sum_s))};
 }
 
 struct OutcomeSums {
@@ -553,17 +588,21 @@ struct OutcomeSums {
 };
 
 template <DivergenceKind kKind, class T>
-OutcomeSums tile_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& constants,
+OutcomeSums tile_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& row,
                           T alpha) {
-  const OutcomeRow<T> row = constants;
-  T value = 0, slope = 0;
-  PAD_SIMD_SUM(value, slope)
-  for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
-    value += found.value;
-    slope += found.slope;
-  }
-  return {value, slope};
+  OutcomeSums sums;
+  sums.value = over_chunks(n, [=, &sums](int64_t begin, int64_t m) {
+    T value = 0, slope = 0;
+    PAD_SIMD_SUM(value, slope)
+    for (int64_t i = begin; i < begin + m; ++i) {
+      const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
+      value += found.value;
+      slope += found.slope;
+    }
+    sums.slope += slope;
+    return value;
+  });
+  return sums;
 }
 
 // d += weight * (slope - s * mean), the gradient of a divergence.
@@ -595,8 +634,9 @@ OutcomeSums outcomes_of(DivergenceKind kind, const T* a_s, const T* a_t, int64_t
 }
 
 template <class Z>
-OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<typename Accumulator<Z>::type>* head,
-                             int64_t row, int64_t begin, int64_t end) {
+OutcomeSums segment_outcomes(const OutcomeArgs& args,
+                             const Head<typename Accumulator<Z>::type>* head, int64_t row,
+                             int64_t begin, int64_t end) {
   using T = typename Accumulator<Z>::type;
   const int teacher = args.divergence.teacher;
   const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, teacher, row);
@@ -608,8 +648,8 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<typename Accumu
     for (int k = 0; k < 2; ++k) {
       const int j = k ? teacher : 0;
       const StreamArgs& stream = args.stream[j];
-      transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col), head[j], n,
-                           a[k], nullptr);
+      transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col), head[j],
+                           n, a[k], nullptr);
     }
     const OutcomeSums tile =
         outcomes_of(args.divergence.kind, a[0], a[1], n, constants, T(args.divergence.alpha));
