@@ -19,26 +19,41 @@ class Op:
         backward: whether a step includes the backward pass.
         gemms: matrix-product work that no implementation can avoid, in units of N·H·V flops.
         text: one line for tables and plots.
+        mean: whether the value is a mean over tokens and not one per token.
+        teachers: how many heads besides the student's are read, none with gradients.
     """
 
     name: str
     backward: bool
     gemms: int
     text: str
+    mean: bool = False
+    teachers: int = 0
+
+
+def _against(teachers: int, name: str, text: str) -> Op:
+    """A mean over tokens, forward + backward; a teacher adds a product to the student's three."""
+    return Op(name, True, 6 + 2 * teachers, f"{text}, forward + backward", True, teachers)
 
 
 OPS = {
     op.name: op
     for op in (
-        Op("cross_entropy", True, 6, "mean cross-entropy, forward + backward"),
+        Op("cross_entropy", True, 6, "mean cross-entropy, forward + backward", mean=True),
         Op("logprob", True, 6, "per-token log-prob, forward + backward with per-token gradients"),
         Op("score", False, 2, "per-token log-prob under no_grad (a teacher's reward)"),
+        _against(1, "forward_kl", "forward KL to a teacher"),
+        _against(1, "jsd", "Jensen–Shannon divergence from a teacher"),
+        _against(2, "advantage", "expected advantage of one teacher over another"),
+        _against(1, "distill", "cross-entropy + forward KL in one call"),
     )
 }
 
 # (N tokens, H hidden, V vocabulary): a Llama-2-sized vocabulary with a narrow model, SmolLM's head,
 # and Llama 3's head with few tokens, where reading the weight costs as much as the products.
 SHAPES = ((512, 512, 32000), (1024, 576, 49152), (256, 2048, 128256))
+# Ops with teachers are measured at the first two only, so that a whole run stays short.
+TEACHER_SHAPES = SHAPES[:2]
 QUICK_SHAPES = ((256, 256, 16384),)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,12 +94,15 @@ class Inputs:
         weight: (V, H), likewise.
         labels: (N,) int64, ``IGNORE`` where a row has none.
         upstream: (N,) float32 gradient for per-token outputs, () one for a scalar loss.
+        teachers: hidden (N, H) and weight (V, H) of each, without gradients. The first resembles
+            the student, so that no value of an operation is near 0; the second does not.
     """
 
     hidden: Tensor
     weight: Tensor
     labels: Tensor
     upstream: Tensor
+    teachers: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def clear(self) -> None:
         """Drop the gradients of the last step."""
@@ -96,13 +114,17 @@ def make_cases(
     ops: list[str] | None = None,
     shapes: tuple[tuple[int, int, int], ...] = SHAPES,
     dtypes: list[str] | None = None,
+    everything: bool = False,
 ) -> list[Case]:
     """The product of operations, shapes and dtypes, shapes outermost.
+
+    Operations with teachers leave out those of ``SHAPES`` that are not in ``TEACHER_SHAPES``.
 
     Args:
         ops: names from ``OPS``; all by default.
         shapes: (N, H, V) triples.
         dtypes: names from ``DTYPES``; float32 and bfloat16 by default.
+        everything: leave nothing out.
 
     Returns:
         The cases in the order in which they are measured.
@@ -116,6 +138,7 @@ def make_cases(
         for shape in shapes
         for dtype in dtypes or ("float32", "bfloat16")
         for op in ops or OPS
+        if everything or not (OPS[op].teachers and shape in SHAPES[len(TEACHER_SHAPES) :])
     ]
 
 
@@ -136,10 +159,19 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     labels = torch.randint(0, case.vocab, (case.tokens,), generator=generator)
     labels[: round(case.ignored * case.tokens)] = IGNORE
     labels = labels[torch.randperm(case.tokens, generator=generator)].to(device)
-    if case.op == "cross_entropy":
+    if OPS[case.op].mean:
         upstream = torch.ones((), device=device)
     else:
         upstream = torch.randn(case.tokens, generator=generator).to(device) / case.tokens
-    return Inputs(
-        hidden.requires_grad_(backward), weight.requires_grad_(backward), labels, upstream
-    )
+    teachers = []
+    for index in range(OPS[case.op].teachers):
+        # Half the variance of hidden and weight is shared: the logits correlate with 1/2.
+        pair = normal(case.tokens, case.hidden), normal(case.vocab, case.hidden)
+        pair[1].mul_(2.0 / case.hidden**0.5)
+        if index == 0:
+            for own, students in zip(pair, (hidden, weight), strict=True):
+                own.add_(students).mul_(0.5**0.5)
+        teachers.append(pair)
+    hidden.requires_grad_(backward)
+    weight.requires_grad_(backward)
+    return Inputs(hidden, weight, labels, upstream, tuple(teachers))

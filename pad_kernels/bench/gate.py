@@ -14,7 +14,8 @@ from torch import Tensor
 from pad_kernels.bench.cases import DTYPES, IGNORE, OPS, Case, Inputs
 
 FACTORS = {"value": 2.0, "grad_hidden": 3.0, "grad_weight": 3.0}
-ROWS = 128
+# Rows of float64 logits, and entries of a float64 weight, that exist at a time.
+ROWS, BLOCK = 128, 16384
 
 
 @dataclass
@@ -36,35 +37,69 @@ def _distance(value: Tensor, reference: Tensor) -> float:
     return torch.stack(squares).sum().sqrt().item()
 
 
-def oracle(case: Case, inputs: Inputs) -> Reference:
-    """Float64 values and gradients, written out by hand and row block by row block.
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Float64 logits; only a block of the weight is float64 at a time."""
+    return torch.cat([hidden @ block.double().T for block in weight.split(BLOCK)], dim=1)
 
-    Per token log p = z_y − logsumexp(z); its gradient with respect to the logits, for an upstream
-    gradient c, is c·(1[v = y] − softmax(z)_v). Mean cross-entropy is c = −1/count, summed.
+
+def per_token(op: str, z: Tensor, picks: Tensor, teachers: list[Tensor]) -> Tensor:
+    """Values of an operation before any mean, as their definitions have them.
+
+    With s and t the softmaxes of a student and its teacher: forward KL is Σ t log(t/s); the
+    Jensen-Shannon divergence ½ Σ t log(t/m) + ½ Σ s log(s/m), m = ½(s + t); the expected advantage
+    of a teacher t over a teacher r is Σ s log(t/r).
+
+    Args:
+        op: a name from ``OPS``.
+        z: [n, V] float64 logits of the student.
+        picks: [n] int64 labels in [0, V).
+        teachers: [n, V] float64 logits of each.
+
+    Returns:
+        [n].
     """
-    hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach().double()
-    labels, active = inputs.labels, inputs.labels != IGNORE
-    if case.op == "cross_entropy":
-        coefficient = active.double() / -active.sum()
-    else:
-        coefficient = inputs.upstream.double() * active
-    logprob = torch.zeros(labels.shape, dtype=torch.float64, device=hidden.device)
-    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-    for start in range(0, hidden.shape[0], ROWS):
+    s, references = z.log_softmax(-1), [t.log_softmax(-1) for t in teachers]
+    logprob = s.gather(1, picks[:, None])[:, 0]
+    if not references:
+        return -logprob if op == "cross_entropy" else logprob
+    t = references[0]
+    if op == "advantage":
+        return (s.exp() * (t - references[1])).sum(-1)
+    if op == "jsd":
+        m = torch.log(0.5 * s.exp() + 0.5 * t.exp())
+        return 0.5 * (t.exp() * (t - m)).sum(-1) + 0.5 * (s.exp() * (s - m)).sum(-1)
+    divergence = (t.exp() * (t - s)).sum(-1)
+    return divergence if op == "forward_kl" else divergence - logprob
+
+
+def oracle(case: Case, inputs: Inputs) -> Reference:
+    """Float64 values and gradients, row block by row block.
+
+    Autograd sees only the step from logits to values, of :func:`per_token`; the products around it
+    are written out, and no weight is float64 as a whole.
+    """
+    op, weight, active = OPS[case.op], inputs.weight.detach(), inputs.labels != IGNORE
+    hidden = inputs.hidden.detach().double()
+    coefficient = active / active.sum() if op.mean else inputs.upstream * active
+    values = torch.zeros(case.tokens, dtype=torch.float64, device=hidden.device)
+    tensors = {"value": values}
+    if op.backward:
+        tensors |= {"grad_hidden": torch.zeros_like(hidden)}
+        tensors |= {"grad_weight": torch.zeros_like(weight, dtype=torch.float64)}
+    for start in range(0, case.tokens, ROWS):
         rows = slice(start, start + ROWS)
-        picks = labels[rows].clamp(min=0)[:, None]
-        z = hidden[rows] @ weight.T
-        z -= z.logsumexp(-1, keepdim=True)
-        logprob[rows] = z.gather(1, picks)[:, 0] * active[rows]
-        if OPS[case.op].backward:
-            c = coefficient[rows, None]
-            grad = z.exp_().mul_(-c).scatter_add_(1, picks, c)
-            grad_hidden[rows] = grad @ weight
-            grad_weight.addmm_(grad.T, hidden[rows])
-    value = (logprob * coefficient).sum() if case.op == "cross_entropy" else logprob
-    tensors = {"value": value}
-    if OPS[case.op].backward:
-        tensors |= {"grad_hidden": grad_hidden, "grad_weight": grad_weight}
+        z = _logits(hidden[rows], weight).requires_grad_(op.backward)
+        teachers = [_logits(h[rows].double(), w) for h, w in inputs.teachers]
+        found = per_token(case.op, z, inputs.labels[rows].clamp(min=0), teachers)
+        values[rows] = found.detach() * active[rows]
+        if op.backward:
+            (grad,) = torch.autograd.grad(found, z, coefficient[rows].double())
+            for a in range(0, case.vocab, BLOCK):
+                part = grad[:, a : a + BLOCK]
+                tensors["grad_hidden"][rows] += part @ weight[a : a + BLOCK].double()
+                tensors["grad_weight"][a : a + BLOCK].addmm_(part.T, hidden[rows])
+    if op.mean:
+        tensors["value"] = values.sum() / active.sum()
     return Reference(tensors)
 
 

@@ -135,16 +135,18 @@ def measure(
     first_floor = floor.round(device)
     functions, rows = _gate(implementations, case, inputs, everything)
     steps = {name: _runner(function, case, inputs) for name, function in functions.items()}
-    _drop_hopeless(steps, rows, inputs, 1e3 * first_floor[op.gemms])
+    _drop_hopeless(steps, rows, inputs, 1e3 * first_floor.of(op.gemms))
     measured = timing.time_rounds(steps, floor, inputs, repeats, op.gemms)
-    gemms = {i.name: i.gemms if op.backward else op.gemms for i in implementations}
+    gemms = {i.name: max(i.gemms, op.gemms) for i in implementations}
     for row in rows:
         name = row["implementation"]
         row |= {"gemms": op.gemms, "own_gemms": gemms[name]}
         if name in steps:
             row |= measured.summary(name, op.gemms, gemms[name])
     shape = {"tokens": case.tokens, "hidden": case.hidden, "vocab": case.vocab}
-    floors = {str(g): 1e3 * measured.floor(g).median for g in (2, 6, 8)}
+    floors = {
+        str(g): 1e3 * measured.floor(g).median for g in sorted({2, 6, op.gemms, *gemms.values()})
+    }
     return {
         "name": case.name,
         "op": case.op,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pad_kernels.bench.cases import IGNORE, Case, Inputs
+from pad_kernels.bench.cases import IGNORE, OPS, Case, Inputs
 from pad_kernels.bench.implementations import Function, Implementation, Unavailable
 
 TORCHTUNE_CHUNKS = 8
@@ -32,16 +32,22 @@ def _dense_logprob(x: Inputs) -> Tensor:
 
 def dense(case: Case) -> Function:
     """The careful dense computation: GEMM in the input dtype, softmax and loss in float32."""
+    if OPS[case.op].teachers:
+        from pad_kernels.bench.teacher_peers import dense_with_teachers
+
+        return dense_with_teachers(case)
     return _dense_loss if case.op == "cross_entropy" else _dense_logprob
 
 
-def _need_compiler() -> None:
+def need_compiler() -> None:
+    """Raise ``Unavailable`` where torch.compile could not build anything."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         raise Unavailable("torch.compile needs a C++ compiler")
 
 
-def _compiled_dense(case: Case) -> Function:
-    _need_compiler()
+def compiled_dense(case: Case) -> Function:
+    """:func:`dense` through torch.compile, for this shape alone."""
+    need_compiler()
     body = torch.compile(dense(case), dynamic=False)
     return lambda x: body(x)
 
@@ -61,7 +67,7 @@ def _cut_cross_entropy(case: Case) -> Function:
         from cut_cross_entropy import linear_cross_entropy
     except ImportError as error:
         raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
-    _need_compiler()
+    need_compiler()
     return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, impl="torch_compile")
 
 
@@ -84,7 +90,7 @@ def _liger_chunked(case: Case) -> Function:
         )
     except ImportError as error:
         raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
-    _need_compiler()
+    need_compiler()
 
     class Likelihood(Base):  # type: ignore[misc]
         @staticmethod
@@ -164,12 +170,12 @@ def _trl_style(case: Case) -> Function:
 
 
 def peers() -> list[Implementation]:
-    """Every peer, in the order of the table."""
+    """Every peer of the operations without teachers, in the order of the table."""
     training = ("cross_entropy", "logprob")
     found = [Implementation("dense eager", op, dense) for op in (*training, "score")]
     for op in training:
         found += [
-            Implementation("dense torch.compile", op, _compiled_dense, compiled=True),
+            Implementation("dense torch.compile", op, compiled_dense, compiled=True),
             Implementation(
                 "F.linear_cross_entropy",
                 op,

@@ -87,7 +87,7 @@ def _cells(row: Row) -> list[str]:
 def table(case: dict[str, Any]) -> str:
     """One case as text: time, its ratio to the GEMM floor with quartiles, peak memory."""
     gemms = OPS[case["op"]].gemms
-    own = "÷ own" if gemms == 6 else ""
+    own = "÷ own" if OPS[case["op"]].backward else ""
     header = ["implementation", "ms", f"÷ {gemms}NHV", "quartiles", own, "MiB"]
     rows = [_cells(row) for row in case["rows"]]
     measured = [row for row in rows if row[2]]

@@ -3,6 +3,9 @@
 Every implementation gets the same tensors and first has to pass the accuracy gate; the step that
 the gate looks at is also its warm-up. What is left is timed in interleaved rounds together with the
 bare matrix products, then its peak memory is measured in fresh processes.
+
+Operations with teachers run at the first two shapes, so that a whole run stays near ten minutes;
+``--all`` adds the third.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, help="timed rounds a case (default 5, with --quick 3)")
     add("--threads", type=int, default=_threads(), help="CPU threads (default: all, %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
-    add("--all", action="store_true", help="also what takes minutes at the larger shapes")
+    add("--all", action="store_true", help="also what takes minutes, and teachers at every shape")
     add("--no-memory", action="store_true", help="skip peak memory (measured where N·V is largest)")
     add("--no-ignored", action="store_true", help="skip the comparison with 80 %% of rows ignored")
     add(
@@ -58,9 +61,11 @@ def _say(text: str) -> None:
 
 def _select(args: argparse.Namespace) -> list[Case]:
     shapes = catalogue.QUICK_SHAPES if args.quick else catalogue.SHAPES
-    found = [c for c in make_cases(args.op, shapes, args.dtype) if args.case in c.name]
+    every = make_cases(args.op, shapes, args.dtype, args.all)
+    found = [case for case in every if args.case in case.name]
     if not found:
-        raise SystemExit(f"--case {args.case!r}: no case has that in its name")
+        hint = "" if args.all else " (--all has more cases)"
+        raise SystemExit(f"--case {args.case!r}: no case has that in its name{hint}")
     return found
 
 

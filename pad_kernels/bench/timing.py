@@ -54,12 +54,30 @@ def clock(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Products:
+    """Seconds of bare matrix products: hidden · weightᵀ once, and the two of the backward pass."""
+
+    logits: float
+    gradients: float
+
+    def of(self, gemms: int) -> float:
+        """Seconds of ``gemms`` N·H·V of products.
+
+        2 is the forward pass alone; 6 or more has the 4 of the backward pass, and the rest are
+        products of a hidden and a weight: a teacher's, or one that is done again.
+        """
+        if gemms < 6:
+            return self.logits * gemms / 2
+        return self.logits * (gemms - 4) / 2 + self.gradients
+
+
 class Floor:
-    """The three matrix products that a step cannot avoid, and nothing else.
+    """The three matrix products that a student's step cannot avoid, and nothing else.
 
     Logits and their gradient share one N×V buffer made beforehand; the two gradients are allocated
-    afresh each time, as autograd has to hand out new ones. 2 N·H·V is the product of the forward
-    pass, 6 adds the two of the backward pass, 8 has the first one twice (logits recomputed).
+    afresh each time, as autograd has to hand out new ones. A teacher has the student's shape, so
+    that its product takes the time of the first and is not measured again.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -75,10 +93,9 @@ class Floor:
         """The gradients of hidden and weight, with the buffer as the gradient of the logits."""
         return torch.mm(self.logits, self.weight), torch.mm(self.logits.T, self.hidden)
 
-    def round(self, device: torch.device) -> dict[int, float]:
-        """Seconds for 2, 6 and 8 N·H·V, measured once each product."""
-        once, grads = clock(self.forward, device), clock(self.backward, device)
-        return {2: once, 6: once + grads, 8: 2 * once + grads}
+    def round(self, device: torch.device) -> Products:
+        """Measure each product once."""
+        return Products(clock(self.forward, device), clock(self.backward, device))
 
 
 @dataclass
@@ -86,7 +103,7 @@ class Measured:
     """Seconds of every round by name, and the floor's by round."""
 
     seconds: dict[str, list[float | None]]
-    floors: list[dict[int, float]]
+    floors: list[Products]
 
     def times(self, name: str) -> Spread:
         """Seconds of one implementation."""
@@ -95,7 +112,7 @@ class Measured:
     def ratios(self, name: str, gemms: int) -> Spread:
         """Its time divided by the floor's of the same round."""
         pairs = zip(self.seconds[name], self.floors, strict=True)
-        return Spread.of([s / floor[gemms] for s, floor in pairs if s is not None])
+        return Spread.of([s / floor.of(gemms) for s, floor in pairs if s is not None])
 
     def summary(self, name: str, gemms: int, own_gemms: int) -> dict[str, float]:
         """The JSON-able figures of one implementation; times in ms."""
@@ -113,7 +130,7 @@ class Measured:
 
     def floor(self, gemms: int) -> Spread:
         """Seconds of the floor."""
-        return Spread.of([floor[gemms] for floor in self.floors])
+        return Spread.of([floor.of(gemms) for floor in self.floors])
 
 
 def time_rounds(
@@ -149,7 +166,7 @@ def time_rounds(
             measured.floors.append(floor.round(device))
             for name in random.Random(index).sample(names, len(names)):
                 done = [s for s in measured.seconds[name] if s is not None]
-                limit = SLOW * measured.floors[0][gemms]
+                limit = SLOW * measured.floors[0].of(gemms)
                 if len(done) >= SLOW_ROUNDS and min(done) > limit:
                     measured.seconds[name].append(None)
                     continue
