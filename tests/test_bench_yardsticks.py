@@ -43,7 +43,7 @@ def _by_hand(op: str, s: torch.Tensor, teachers: list[torch.Tensor], picks: torc
 def test_oracle_agrees_with_closed_forms(
     op: str, ignored: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "ROWS", 10)
+    monkeypatch.setattr(gate, "CELLS", 10 * 300)
     monkeypatch.setattr(gate, "BLOCK", 128)
     case = _case(op, ignored=ignored)
     inputs = make_inputs(case, CPU)

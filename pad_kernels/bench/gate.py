@@ -14,8 +14,8 @@ from torch import Tensor
 from pad_kernels.bench.cases import DTYPES, IGNORE, OPS, Case, Inputs
 
 FACTORS = {"value": 2.0, "grad_hidden": 3.0, "grad_weight": 3.0}
-# Rows of float64 logits, and entries of a float64 weight, that exist at a time.
-ROWS, BLOCK = 128, 16384
+# Float64 logits of a head, and vocabulary entries of a float64 weight, that exist at a time.
+CELLS, BLOCK = 2**23, 16384
 
 
 @dataclass
@@ -86,8 +86,9 @@ def oracle(case: Case, inputs: Inputs) -> Reference:
     if op.backward:
         tensors |= {"grad_hidden": torch.zeros_like(hidden)}
         tensors |= {"grad_weight": torch.zeros_like(weight, dtype=torch.float64)}
-    for start in range(0, case.tokens, ROWS):
-        rows = slice(start, start + ROWS)
+    step = max(1, CELLS // case.vocab)
+    for start in range(0, case.tokens, step):
+        rows = slice(start, start + step)
         z = _logits(hidden[rows], weight).requires_grad_(op.backward)
         teachers = [_logits(h[rows].double(), w) for h, w in inputs.teachers]
         found = per_token(case.op, z, inputs.labels[rows].clamp(min=0), teachers)

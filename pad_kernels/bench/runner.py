@@ -4,8 +4,8 @@ Every implementation gets the same tensors and first has to pass the accuracy ga
 the gate looks at is also its warm-up. What is left is timed in interleaved rounds together with the
 bare matrix products, then its peak memory is measured in fresh processes.
 
-Operations with teachers run at the first two shapes, so that a whole run stays near ten minutes;
-``--all`` adds the third.
+Operations with teachers run at the first two shapes, so that a whole run stays short; ``--all``
+adds the third.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _threads() -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add = parser.add_argument
-    add("--quick", action="store_true", help="one small shape, three rounds, under a minute")
+    add("--quick", action="store_true", help="one small shape, three rounds: a few minutes")
     add("--case", default="", metavar="TEXT", help="only cases whose op/NxHxV/dtype has TEXT in it")
     add("--op", nargs="+", choices=list(OPS), help="only these operations")
     add("--dtype", nargs="+", choices=list(catalogue.DTYPES), help="default: float32 bfloat16")
