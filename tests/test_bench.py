@@ -287,6 +287,15 @@ def test_a_run_writes_table_json_and_plots(
     assert report.markdown(result).count("| pad_kernels") == 3
 
 
+@pytest.mark.parametrize(
+    "words, count",
+    [([], 2), (["--all"], 6), (["--op", "jsd"], 6), (["--case", "jsd/512"], 2), (["--quick"], 2)],
+)
+def test_naming_an_operation_asks_for_all_its_shapes(words: list[str], count: int) -> None:
+    found = [case.op for case in runner._select(_options(*words))]
+    assert found.count("jsd") == count
+
+
 @pytest.mark.parametrize("words", [["--case", "nothing"], ["--impl", "nothing", "--quick"]])
 def test_filters_that_leave_nothing_say_so(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="nothing"):
