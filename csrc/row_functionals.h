@@ -339,12 +339,6 @@ struct OutcomeRow {
 template <DivergenceKind kKind, class T>
 PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
   const T x_s = a_s - row.shift_s, x_t = a_t - row.shift_t;
-  if (kKind == DivergenceKind::tvd) {
-    const T s = exp_of(x_s) * row.inverse_s, t = exp_of(x_t) * row.inverse_t;
-    const T gap = s - t;
-    const T sign = gap > T(0) ? T(0.5) : (gap < T(0) ? T(-0.5) : gap);
-    return {gap * sign, s * sign, s};
-  }
   const T w = kKind == DivergenceKind::skew_reverse_kl ? T(1) - alpha : alpha;
   // An entry that neither has: any finite ratio does, it weighs nothing.
   const bool neither = x_s == -T(INFINITY) && x_t == -T(INFINITY);
@@ -355,9 +349,15 @@ PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
   const ExpParts<T> parts = exp_parts(-clamped);
   const T less = parts.scale * parts.tail + (parts.scale - T(1));  // smaller / larger - 1
   const T larger = exp_of(leads ? x_t : x_s) * (leads ? row.inverse_t : row.inverse_s);
-  const T part = parts.scale * parts.tail + parts.scale;
+  // smaller / larger, exactly 0 where it underflows: it may multiply an infinite logarithm.
+  const T part = size > -ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
   const T smaller = larger * part;
   const T s = leads ? smaller : larger, t = leads ? larger : smaller;
+  if (kKind == DivergenceKind::tvd) {
+    // The sign of log t/s, which is exactly 0 for equal models; s - t may not be.
+    const T half = ratio == T(0) ? T(0) : (leads ? T(-0.5) : T(0.5));
+    return {T(-0.5) * larger * less, s * half, s};
+  }
   const T y = (leads ? T(1) - w : w) * less;
   const T below = log1p_of(y);                           // log m/larger
   const T of_student = (leads ? -ratio : T(0)) - below;  // log s/m

@@ -128,7 +128,8 @@ def topk_divergence(f: Any, z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
     """Over k + 1 outcomes; the student's tail by logsumexp over everything not kept."""
     student = F.log_softmax(z, -1)
     tail = torch.logsumexp(student.scatter(1, ids, -torch.inf), -1, keepdim=True)
-    rest = (1 - logprobs.exp().sum(1, keepdim=True)).clamp(min=0)
+    # What is left of 1 has as many digits as the inputs allow.
+    rest = (1 - logprobs.double().exp().sum(1, keepdim=True)).clamp(min=0)
     teacher = torch.cat((logprobs.to(z.dtype), rest.log().to(z.dtype)), 1)
     return divergence(f.kind, f.alpha, torch.cat((student.gather(1, ids), tail), 1), teacher)
 

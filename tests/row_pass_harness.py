@@ -135,6 +135,7 @@ class Terms:
     values: Tensor | None = None
     outside_ids: Tensor | None = None
     outside: Tensor | None = None
+    outside_maximum: Tensor | None = None
 
 
 def address(tensor: Tensor | None) -> int:
@@ -171,6 +172,7 @@ def run_gradient(
     if terms.outside_ids is not None:
         given.outside = (terms.outside_ids.data_ptr(), terms.outside_ids.shape[1])
         given.outside_value = doubles(terms.outside)
+        given.outside_maximum = doubles(terms.outside_maximum)
     C.row_gradient(
         str(logits.dtype)[6:],
         [stream.packed() for stream in streams],
@@ -207,10 +209,11 @@ def oracle_gradient(
     factor = column(terms.c1) + torch.zeros_like(x[0])
     for q, v in zip(terms.q, x, strict=False):
         factor = factor + column(q) * v if q is not None else factor
-    if terms.outside_ids is not None:
-        listed = (terms.outside_ids[:, :, None] - offset == torch.arange(factor.shape[1])).any(1)
-        factor = factor + torch.where(listed, 0.0, column(terms.outside))
     d = column(terms.c0) + torch.where(shares[0] == 0, 0.0, shares[0] * factor)
+    if terms.outside_ids is not None:
+        listed = (terms.outside_ids[:, :, None] - offset == torch.arange(d.shape[1])).any(1)
+        grown = torch.exp(a[0] - column(terms.outside_maximum)) * column(terms.outside)
+        d = d + torch.where(listed, 0.0, grown)
     for p, share in zip(terms.p, shares, strict=False):
         d = d + column(p) * share if p is not None else d
     if terms.ids is not None and terms.values is not None:

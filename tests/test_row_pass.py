@@ -125,6 +125,7 @@ def term_sizes(
         size(terms.values),
         terms.outside_ids,
         size(terms.outside),
+        terms.outside_maximum,
     )
     total = oracle_gradient(streams, maxima, sums, sizes, offset)
     if streams[0].logits.dtype != torch.float64 and not streams[0].softcap:
@@ -152,7 +153,14 @@ def test_gradient(dtype: torch.dtype, shape: tuple[int, int], count: int, head: 
         Terms(c0=column(), q=[column(), *[None] * (count - 1)]),
         Terms(c1=column(), q=each, p=[c * 0.5 for c in each], **sparse),
         Terms(p=[*[None] * (count - 1), column()]),
-        Terms(c1=column(), outside_ids=ids[:, 1:].contiguous(), outside=column() * 100, **sparse),
+        Terms(
+            c1=column(),
+            outside_ids=ids[:, 1:].contiguous(),
+            outside=column() * 100,
+            # Below the row's maximum, as that of the rest of its entries is.
+            outside_maximum=state.maxima[0] - 2,
+            **sparse,
+        ),
         Terms(c0=column()),
     ]
     for terms in cases:

@@ -250,7 +250,7 @@ struct GradientTerms {
   Ids sparse{0, 0};
   Pointer sparse_values = 0;
   Ids outside{0, 0};
-  Pointer outside_value = 0;
+  Pointer outside_value = 0, outside_maximum = 0;
   DivergenceSpec divergence{"", 0.0, 0};
   Pointer divergence_weight = 0, divergence_slope = 0;
 };
@@ -285,6 +285,8 @@ void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, 
   args.c1 = at<double>(terms.c1);
   args.sparse_values = at<double>(terms.sparse_values);
   args.outside_value = at<double>(terms.outside_value);
+  require_pointer("outside_maximum", terms.outside_maximum, terms.outside_value && rows > 0);
+  args.outside_maximum = at<double>(terms.outside_maximum);
   args.divergence_weight = at<double>(terms.divergence_weight);
   args.divergence_slope = at<double>(terms.divergence_slope);
   args.tile = tile;
@@ -324,6 +326,7 @@ void bind_rows(py::module_& m) {
       .def_readwrite("sparse_values", &GradientTerms::sparse_values)
       .def_readwrite("outside", &GradientTerms::outside)
       .def_readwrite("outside_value", &GradientTerms::outside_value)
+      .def_readwrite("outside_maximum", &GradientTerms::outside_maximum)
       .def_readwrite("divergence", &GradientTerms::divergence)
       .def_readwrite("divergence_weight", &GradientTerms::divergence_weight)
       .def_readwrite("divergence_slope", &GradientTerms::divergence_slope);

@@ -154,121 +154,159 @@ constexpr int64_t kChunk = 512;
 
 // The sum over chunks [i, i + m) of [0, n) of what `chunk(i, m)` returns.
 template <class Chunk>
-double over_chunks(int64_t n, Chunk chunk) {
+inline double over_chunks(int64_t n, Chunk chunk) {
   double total = 0;
   for (int64_t i = 0; i < n; i += kChunk) total += chunk(i, smaller(kChunk, n - i));
   return total;
 }
 
 template <class Z, class T>
+T chunk_sum(const Z* z, int64_t n, T shift) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp_of(load(z[i]) - shift);
+  return sum;
+}
+template <class Z, class T>
 double tile_sum(const Z* z, int64_t n, T shift) {
-  return over_chunks(n, [=](int64_t begin, int64_t m) {
-    T sum = 0;
-    PAD_SIMD_SUM(sum)
-    for (int64_t i = begin; i < begin + m; ++i) sum += exp_of(load(z[i]) - shift);
-    return sum;
-  });
+  return over_chunks(n, [&](int64_t i, int64_t m) { return chunk_sum(z + i, m, shift); });
 }
 
 // The sum, and sum exp(x) x with x = a - max: the moment of one stream with itself.
 template <class Z, class T>
-double tile_sum_and_moment(const Z* z, int64_t n, T shift, double* moment_out) {
-  double moments = 0;
-  const double sums = over_chunks(n, [=, &moments](int64_t begin, int64_t m) {
-    T sum = 0, moment = 0;
-    PAD_SIMD_SUM(sum, moment)
-    for (int64_t i = begin; i < begin + m; ++i) {
-      const T x = load(z[i]) - shift;
-      const T exp = exp_of(x);
-      sum += exp;
-      moment += weighted(exp, x);
-    }
-    moments += moment;
+T chunk_sum_and_moment(const Z* z, int64_t n, T shift, T* moment_out) {
+  T sum = 0, moment = 0;
+  PAD_SIMD_SUM(sum, moment)
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = load(z[i]) - shift;
+    const T exp = exp_of(x);
+    sum += exp;
+    moment += weighted(exp, x);
+  }
+  *moment_out = moment;
+  return sum;
+}
+template <class Z, class T>
+double tile_sum_and_moment(const Z* z, int64_t n, T shift, double* moment) {
+  *moment = 0;
+  return over_chunks(n, [&](int64_t i, int64_t m) {
+    T part;
+    const T sum = chunk_sum_and_moment(z + i, m, shift, &part);
+    *moment += part;
     return sum;
   });
-  *moment_out = moments;
-  return sums;
 }
 
-// As tile_sum, keeping the exponentials. With `base`, those of another stream whose sum is
-// `base_sum`: the sums of two nearly equal streams agree to seven digits, and their divergence is
-// made of the rest, so that a small difference is added up by itself.
+// As chunk_sum, keeping the exponentials.
+template <class T>
+T chunk_exponentials(const T* a, int64_t n, T shift, T* exps) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) {
+    exps[i] = exp_of(a[i] - shift);
+    sum += exps[i];
+  }
+  return sum;
+}
+
+// The same, and the sum less that of `base`.
+template <class T>
+T chunk_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps, T* over_out) {
+  T sum = 0, over = 0;
+  PAD_SIMD_SUM(sum, over)
+  for (int64_t i = 0; i < n; ++i) {
+    exps[i] = exp_of(a[i] - shift);
+    sum += exps[i];
+    over += exps[i] - base[i];
+  }
+  *over_out = over;
+  return sum;
+}
+
+// The exponentials of a tile and their sum. `base` are those of another stream, whose sum is
+// `base_sum`, or null: the sums of two nearly equal streams agree to seven digits, and their
+// divergence is made of the rest, so that a small difference is added up by itself.
 template <class T>
 double tile_exponentials(const T* a, int64_t n, T shift, T* exps, const T* base, double base_sum) {
+  if (!base)
+    return over_chunks(
+        n, [&](int64_t i, int64_t m) { return chunk_exponentials(a + i, m, shift, exps + i); });
   double difference = 0;
-  const double sum = over_chunks(n, [=, &difference](int64_t begin, int64_t m) {
-    T total = 0, over = 0;
-    if (!base) {
-      PAD_SIMD_SUM(total)
-      for (int64_t i = begin; i < begin + m; ++i) {
-        exps[i] = exp_of(a[i] - shift);
-        total += exps[i];
-      }
-      return total;
-    }
-    PAD_SIMD_SUM(total, over)
-    for (int64_t i = begin; i < begin + m; ++i) {
-      exps[i] = exp_of(a[i] - shift);
-      total += exps[i];
-      over += exps[i] - base[i];
-    }
+  const double sum = over_chunks(n, [&](int64_t i, int64_t m) {
+    T over;
+    const T part = chunk_exponentials_over(a + i, base + i, m, shift, exps + i, &over);
     difference += over;
-    return total;
+    return part;
   });
   const double size = difference < 0 ? -difference : difference;
-  return base && size < 0.25 * sum ? base_sum + difference : sum;
+  return size < 0.25 * sum ? base_sum + difference : sum;
 }
 
-// sum exps (x_over - x_under), with x = a - shift and exps those of another stream.
+// sum exps (x_over - x_under), with x = a - shift and exps those of any stream.
+template <class T>
+T chunk_log_ratio(const T* exps, const T* over, T shift_over, const T* under, T shift_under,
+                  int64_t n) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i)
+    sum += weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
+  return sum;
+}
 template <class T>
 double tile_log_ratio(const T* exps, const T* over, T shift_over, const T* under, T shift_under,
                       int64_t n) {
-  return over_chunks(n, [=](int64_t begin, int64_t m) {
-    T sum = 0;
-    PAD_SIMD_SUM(sum)
-    for (int64_t i = begin; i < begin + m; ++i)
-      sum += weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-    return sum;
+  return over_chunks(n, [&](int64_t i, int64_t m) {
+    return chunk_log_ratio(exps + i, over + i, shift_over, under + i, shift_under, m);
   });
 }
 
-// The same with exps those of `over`, and `rest` those of `under`, whose sums differ by `gap`.
-// Where that is little, rest - exps is added to every summand, which makes it positive and small,
-// and the sum of them is taken off again.
+// The same plus the sum of rest - exps, where exps are those of `over` and rest those of `under`:
+// every summand is then positive, and small where the two are nearly equal.
+template <class T>
+T chunk_balanced(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
+                 T shift_under, int64_t n) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i)
+    sum +=
+        (rest[i] - exps[i]) + weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
+  return sum;
+}
+// `sum` is that of exps, `gap` what the sum of rest has more.
 template <class T>
 double tile_own_log_ratio(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
                           T shift_under, double sum, double gap, int64_t n) {
   const double size = gap < 0 ? -gap : gap;
   if (!(size < 0.25 * sum)) return tile_log_ratio(exps, over, shift_over, under, shift_under, n);
-  const double balanced = over_chunks(n, [=](int64_t begin, int64_t m) {
-    T total = 0;
-    PAD_SIMD_SUM(total)
-    for (int64_t i = begin; i < begin + m; ++i)
-      total += (rest[i] - exps[i]) +
-               weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-    return total;
+  const double balanced = over_chunks(n, [&](int64_t i, int64_t m) {
+    return chunk_balanced(exps + i, rest + i, over + i, shift_over, under + i, shift_under, m);
   });
   return balanced - gap;
 }
 
 template <class T>
+T chunk_weighted_sum(const T* exps, const T* factors, int64_t n) {
+  T sum = 0;
+  PAD_SIMD_SUM(sum)
+  for (int64_t i = 0; i < n; ++i) sum += weighted(exps[i], factors[i]);
+  return sum;
+}
+template <class T>
 double tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
-  return over_chunks(n, [=](int64_t begin, int64_t m) {
-    T sum = 0;
-    PAD_SIMD_SUM(sum)
-    for (int64_t i = begin; i < begin + m; ++i) sum += weighted(exps[i], factors[i]);
-    return sum;
-  });
+  return over_chunks(
+      n, [&](int64_t i, int64_t m) { return chunk_weighted_sum(exps + i, factors + i, m); });
 }
 
 template <class Z>
+auto chunk_total(const Z* z, int64_t n) -> decltype(load(*z)) {
+  decltype(load(*z)) total = 0;
+  PAD_SIMD_SUM(total)
+  for (int64_t i = 0; i < n; ++i) total += load(z[i]);
+  return total;
+}
+template <class Z>
 double tile_total(const Z* z, int64_t n) {
-  return over_chunks(n, [=](int64_t begin, int64_t m) {
-    decltype(load(*z)) total = 0;
-    PAD_SIMD_SUM(total)
-    for (int64_t i = begin; i < begin + m; ++i) total += load(z[i]);
-    return total;
-  });
+  return over_chunks(n, [&](int64_t i, int64_t m) { return chunk_total(z + i, m); });
 }
 
 template <class T>
@@ -588,17 +626,26 @@ struct OutcomeSums {
 };
 
 template <DivergenceKind kKind, class T>
+T chunk_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
+                 T* slope_out) {
+  const OutcomeRow<T> row = constants;
+  T value = 0, slope = 0;
+  PAD_SIMD_SUM(value, slope)
+  for (int64_t i = 0; i < n; ++i) {
+    const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
+    value += found.value;
+    slope += found.slope;
+  }
+  *slope_out = slope;
+  return value;
+}
+template <DivergenceKind kKind, class T>
 OutcomeSums tile_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& row,
                           T alpha) {
   OutcomeSums sums;
-  sums.value = over_chunks(n, [=, &sums](int64_t begin, int64_t m) {
-    T value = 0, slope = 0;
-    PAD_SIMD_SUM(value, slope)
-    for (int64_t i = begin; i < begin + m; ++i) {
-      const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
-      value += found.value;
-      slope += found.slope;
-    }
+  sums.value = over_chunks(n, [&](int64_t i, int64_t m) {
+    T slope;
+    const T value = chunk_outcomes<kKind>(a_s + i, a_t + i, m, row, alpha, &slope);
     sums.slope += slope;
     return value;
   });
@@ -726,6 +773,12 @@ void add_share(T* d, const T* a, int64_t n, T shift, T constant) {
   for (int64_t i = 0; i < n; ++i) d[i] += exp_of(a[i] - shift) * constant;
 }
 
+template <class T>
+void add_tile(T* to, const T* from, int64_t n) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
 template <class Z, class T>
 void store_tile(const T* d, const T* chain, T slope, int64_t n, Z* out) {
   if (chain) {
@@ -831,10 +884,7 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
     transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col),
                          plan.head[j], n, a[j], j == 0 ? chain : nullptr);
   }
-  fill_tile(factors, n, student.c1 + plan.at(args.outside_value, row));
-  const int64_t first = args.vocab_offset + col;
-  for (; outside.below(first + n); ++outside.next)
-    factors[outside.ids[outside.next] - first] = student.c1;
+  fill_tile(factors, n, student.c1);
   for (int j = 0; j < args.streams; ++j) {
     const T q = plan.at(args.q[j], row);
     if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
@@ -844,6 +894,15 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
   for (int j = 1; j < args.streams; ++j)
     if (args.p[j])
       add_share(d, a[j], n, plan.shift(j, row), plan.at(args.p[j], row) * plan.inverse(j, row));
+  if (args.outside_value) {
+    fill_tile(factors, n, T(0));
+    add_share(factors, a[0], n, shift_of(plan.at(args.outside_maximum, row)),
+              plan.at(args.outside_value, row));
+    const int64_t first = args.vocab_offset + col;
+    for (; outside.below(first + n); ++outside.next)
+      factors[outside.ids[outside.next] - first] = T(0);
+    add_tile(d, factors, n);
+  }
   if (const int teacher = args.divergence.teacher)
     add_divergence_of_row(plan, row, a[0], a[teacher], n, d);
 }

@@ -79,9 +79,10 @@ struct GradientArgs : BlockArgs {
   const double* q[kMaxStreams];
   const double* p[kMaxStreams];
   IdsArgs sparse;
-  const double* sparse_values;  // (rows, sparse.k)
-  IdsArgs outside;              // c1 is larger by `outside_value` where v is not among these ids
-  const double* outside_value;  // (rows,)
+  const double* sparse_values;    // (rows, sparse.k)
+  IdsArgs outside;                // where v is not among these ids:
+  const double* outside_value;    // (rows,), plus this
+  const double* outside_maximum;  // times exp(a_0 - this)
   DivergenceArgs divergence;
   const double* divergence_weight;  // (rows,), of its gradient
   const double* divergence_slope;   // (rows,), the sum of slopes

@@ -81,7 +81,7 @@ class CppBackend:
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 block.outcomes(statistic)
-        first = [s for s in ours if not isinstance(s, Outcomes)]
+        first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
             block.statistics(first)
 
@@ -147,6 +147,10 @@ class _Block:
         like = torch.empty(0, dtype=torch.float64)
         return Normalizer(j).empty(self.rows, {}, like)
 
+    def _sorted(self, name: str) -> Tensor:
+        """Per-row ids, ascending."""
+        return self.stats.inputs[name].sort(dim=1).values
+
     def statistics(self, wanted: list[Statistic]) -> None:
         """Merge this block into first-sweep statistics."""
         moments: list[tuple[int, tuple[float, ...], int]] = []
@@ -162,7 +166,7 @@ class _Block:
                 # The running best value is the running maximum; the pass updates a copy of it.
                 more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
             elif isinstance(s, Tail):
-                ids = self.stats.inputs[s.ids].sort(dim=1).values
+                ids = self._sorted(s.ids)
                 more["tail"] = (self._pointer(ids), ids.shape[1])
                 more["tail_maximum"], more["tail_sum"] = (x.data_ptr() for x in self.stats[s])
         _module().row_statistics(
@@ -192,10 +196,11 @@ class _Block:
         if (sparse := gradient.sorted_sparse()) is not None:
             terms.sparse = (self._pointer(sparse[0]), sparse[0].shape[1])
             terms.sparse_values = self._column(sparse[1])
-        for ids, value in gradient.outside:
-            ids = ids.sort(dim=1).values
+        for name, value in gradient.outside.items():
+            ids, (maximum, total) = self._sorted(name), self.stats[Tail(name)]
             terms.outside = (self._pointer(ids), ids.shape[1])
-            terms.outside_value = self._column(value)
+            terms.outside_maximum = self._column(maximum)
+            terms.outside_value = self._column(torch.where(total == 0, 0.0, value / total))
         for functional, grad in gradient.curved:
             assert isinstance(functional, Divergence)
             terms.divergence = (functional.kind, functional.alpha, functional.teacher)

@@ -17,6 +17,7 @@ from pad_kernels.functionals.statistics import (
     Normalizer,
     RowStats,
     Statistic,
+    Tail,
     finite_or_zero,
     measure,
     merge,
@@ -120,18 +121,21 @@ def _dense(block: Block, stats: RowStats, gradient: LogitGradient) -> Tensor:
         return torch.exp(a[j] - column(finite_or_zero(maximum))) / column(total)
 
     dense = torch.zeros_like(a[0])
-    if gradient.student is not None or gradient.moments or gradient.outside:
+    if gradient.student is not None or gradient.moments:
         s = probability(0)
         factor = torch.zeros_like(s)
         if gradient.student is not None:
             factor += column(gradient.student)
         for j, q in gradient.moments.items():
             factor += column(q) * (a[j] - column(finite_or_zero(stats.maximum(j))))
-        for ids, x in gradient.outside:
-            factor += column(x).expand(factor.shape).masked_fill(block.listed(ids), 0.0)
         dense += torch.where(s == 0, 0.0, s * factor)
     for j, p in gradient.probabilities.items():
         dense += column(p) * probability(j)
+    for name, x in gradient.outside.items():
+        maximum, total = stats[Tail(name)]
+        share = torch.exp(a[0] - column(finite_or_zero(maximum)))
+        share = share.masked_fill(block.listed(stats.inputs[name]), 0.0)
+        dense += share * column(torch.where(total == 0, 0.0, x / total))
     for functional, grad in gradient.curved:
         dense += functional.curved(block, grad, stats)
     if gradient.constant is not None:

@@ -18,15 +18,18 @@ from torch import Tensor
 from pad_kernels.functionals.statistics import Block, RowStats, Statistic
 
 
+Key = TypeVar("Key")
+
+
 @dataclass
 class LogitGradient:
     """Gradient with respect to the student's (transformed) logits, as per-row coefficients.
 
     With s_j the probabilities of stream j and a_j its logits, the gradient at vocabulary entry v is
     ``constant + s_0 (student + sum_j moments[j] (a_j - max_j)) + sum_j probabilities[j] s_j``, plus
-    ``sparse`` entries, plus s_0 times the ``outside`` coefficient where v is not among its ids,
+    ``sparse`` entries, plus ``outside`` times the share of v among the tokens outside its ids,
     plus ``curved`` element-wise parts that are not of this form. Coefficients are [rows]; a sparse
-    item is (ids [rows, k], values [rows, k]).
+    item is (ids [rows, k], values [rows, k]); ``outside`` is keyed by the name of the ids.
     """
 
     constant: Tensor | None = None
@@ -34,7 +37,7 @@ class LogitGradient:
     moments: dict[int, Tensor] = field(default_factory=dict)
     probabilities: dict[int, Tensor] = field(default_factory=dict)
     sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    outside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    outside: dict[str, Tensor] = field(default_factory=dict)
     curved: list[tuple[Functional, Tensor]] = field(default_factory=list)
 
     def __add__(self, other: LogitGradient) -> LogitGradient:
@@ -44,7 +47,7 @@ class LogitGradient:
             _add_all(self.moments, other.moments),
             _add_all(self.probabilities, other.probabilities),
             self.sparse + other.sparse,
-            self.outside + other.outside,
+            _add_all(self.outside, other.outside),
             self.curved + other.curved,
         )
 
@@ -56,7 +59,7 @@ class LogitGradient:
             {j: x[start:stop] for j, x in self.moments.items()},
             {j: x[start:stop] for j, x in self.probabilities.items()},
             [(ids[start:stop], values[start:stop]) for ids, values in self.sparse],
-            [(ids[start:stop], x[start:stop]) for ids, x in self.outside],
+            {name: x[start:stop] for name, x in self.outside.items()},
             [(functional, g[:, start:stop]) for functional, g in self.curved],
         )
 
@@ -78,7 +81,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _add_all(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _add_all(a: Mapping[Key, Tensor], b: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     joined = dict(a)
     for j, x in b.items():
         joined[j] = joined[j] + x if j in joined else x

@@ -28,8 +28,9 @@ class TopKDivergence(Functional):
 
     Inputs: ``teacher_ids`` int64 [rows, k], distinct in each row, and ``teacher_logprobs``
     [rows, k]. With the outcomes' slopes and their sum G, the gradient is slope - s G on the k
-    tokens and s (slope_tail / s_tail - G) elsewhere, a coefficient of s *outside* those tokens: as
-    one of s everywhere it would have to cancel on them, and 1 / s_tail has no bound.
+    tokens and (slope_tail - s_tail G) times the token's share of the tail elsewhere. That is not a
+    coefficient of s: it would have to cancel on the k tokens, and s underflows where the share,
+    s / s_tail, does not.
 
     ``whole`` says that the k tokens are the vocabulary, so that there is no tail.
     """
@@ -63,11 +64,7 @@ class TopKDivergence(Functional):
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
         g, (student, teacher) = grad[0], self._logprobs(stats)
         slope, s = outcome(self.kind, self.alpha, student, teacher).slope, student.exp()
-        mean = slope.sum(0)
-        # The kept mass may be 1 to rounding; the student has no tail where its probability is 0.
-        tail = torch.where(s[-1] == 0, 0.0, slope[-1] / s[-1])
-        on_ids = slope[:-1] - s[:-1] * mean
+        by_outcome = g * (slope - s * slope.sum(0))
         return LogitGradient(
-            outside=[(stats.inputs[_IDS], g * (tail - mean))],
-            sparse=[(stats.inputs[_IDS], (g * on_ids).t())],
+            outside={_IDS: by_outcome[-1]}, sparse=[(stats.inputs[_IDS], by_outcome[:-1].t())]
         )
