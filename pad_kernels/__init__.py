@@ -40,6 +40,8 @@ from pad_kernels.sequence import (
     sequence_reward,
 )
 
+from pad_kernels import nn as nn  # isort: skip  # its modules call the functions above
+
 __all__ = [
     "DistillOutput",
     "Head",

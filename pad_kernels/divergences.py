@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
+    FLOATS,
     check_choice,
     check_number,
     check_tensor,
@@ -211,7 +212,7 @@ def linear_expected_advantage(
     return _reduced(mixture, factor, tokens, token_weights, ignore_index, plan)
 
 
-def token_mean_weights(*sets: Tensor) -> Tensor:
+def token_mean_weights(*sets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights that turn one weighted sum over tokens into a sum of means over sets of them.
 
     DCKD adds the mean over chosen tokens to the mean over rejected ones (arXiv 2502.17927): two
@@ -220,9 +221,10 @@ def token_mean_weights(*sets: Tensor) -> Tensor:
 
     Args:
         sets: bool tensors of one shape [...], each the tokens of one mean.
+        dtype: of the result; float64 for losses in float64.
 
     Returns:
-        float32 [...]; an empty set adds nothing.
+        Weights [...]; an empty set adds nothing.
 
     Raises:
         TypeError, ValueError: no set, or tensors that are not bool or of one shape and device.
@@ -233,6 +235,8 @@ def token_mean_weights(*sets: Tensor) -> Tensor:
         >>> pk.token_mean_weights(chosen, ~chosen)
         tensor([0.5000, 0.5000, 0.3333, 0.3333, 0.3333])
     """
+    if dtype not in FLOATS:
+        fail_type("dtype", "a floating-point dtype", dtype)
     if not sets:
         fail_type("sets", "at least one bool tensor", "none")
     first = sets[0]
@@ -240,7 +244,7 @@ def token_mean_weights(*sets: Tensor) -> Tensor:
     for i, mask in enumerate(sets):
         check_tensor(f"sets[{i}]", mask, dtypes=(torch.bool,))
         check_tensor(f"sets[{i}]", mask, shape=tuple(first.shape), device=first.device)
-        part = mask.to(torch.float32) / mask.sum().clamp(min=1)
+        part = mask.to(dtype) / mask.sum().clamp(min=1)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -75,6 +75,12 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "poison", True)
 
 
+def silenced(inputs: dict[str, Tensor], ignored: Tensor) -> dict[str, Tensor]:
+    """Harmless numbers in ignored rows: what is infinite there would make NaN of its gradient."""
+    fill = {"teacher_logprobs": -5.0}
+    return {n: x.masked_fill(ignored[:, None], fill.get(n, 0)) for n, x in inputs.items()}
+
+
 @dataclass(frozen=True)
 class Setup:
     """A student, a teacher and per-row inputs; a few rows are ignored."""
@@ -105,7 +111,7 @@ class Setup:
             tensors = [how.leaf(x, grad=False) for x in (t.hidden, t.weight, t.bias)]
             z.append(how.logits(*tensors, t.softcap, t.logit_scale, t.temperature, t.vocab_size))
         ignored = self.inputs["labels"][:, 0] == -100
-        inputs = {n: x.masked_fill(ignored[:, None], 0) for n, x in self.inputs.items()}
+        inputs = silenced(self.inputs, ignored)
         values = torch.cat([FORMULAS[type(f).__name__](f, z, inputs) for f in functionals])
         values = torch.where(ignored, 0.0, values)
         return [values.detach(), *torch.autograd.grad(values, leaves, grad.to(values.dtype))]

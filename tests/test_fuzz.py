@@ -154,7 +154,9 @@ def _dense(
         options = (head.softcap, head.logit_scale, head.temperature, head.vocab_size)
         z.append(how.logits(*tensors, *options))
     ignored = inputs["labels"][:, 0] == -100
-    inputs = {n: x.masked_fill(ignored[:, None], 0) for n, x in inputs.items()}
+    # What is infinite in a row that does not count would make NaN of its gradient.
+    fill = {"teacher_logprobs": -5.0}
+    inputs = {n: x.masked_fill(ignored[:, None], fill.get(n, 0)) for n, x in inputs.items()}
     values = torch.cat([FORMULAS[type(f).__name__](f, z, inputs) for f in functionals])
     values = torch.where(ignored, 0.0, values)
     if not leaves:

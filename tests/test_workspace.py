@@ -29,9 +29,10 @@ def idle(pool: workspace._Pool) -> int:
     return sum(block.memory.nbytes for block in pool._idle)
 
 
-def buffer(mib: float, limit: int = 64, workspace: bool = False) -> Tensor:
+def buffer(mib: float, limit: int = 64, workspace: bool = False, brief: bool = False) -> Tensor:
     shape = (int(mib * MIB) // 4,)
-    return empty(shape, torch.float32, CPU, limit=limit * MIB, workspace=workspace)
+    options = {"workspace": workspace, "brief": brief}
+    return empty(shape, torch.float32, CPU, limit=limit * MIB, **options)
 
 
 def test_freed_memory_is_used_again_and_only_then() -> None:
@@ -54,6 +55,14 @@ def test_much_smaller_tensors_do_not_take_large_blocks(pool: workspace._Pool) ->
     assert idle(pool) == 32 * MIB
     assert buffer(8).data_ptr() != place
     assert buffer(1).data_ptr() != place
+
+
+def test_the_workspace_of_one_op_serves_a_smaller_one(pool: workspace._Pool) -> None:
+    """Ops of several shapes that take turns share one block, however different they are."""
+    place = buffer(48, workspace=True, brief=True).data_ptr()
+    assert buffer(5, workspace=True, brief=True).data_ptr() == place
+    assert buffer(48, workspace=True, brief=True).data_ptr() == place
+    assert idle(pool) == 48 * MIB
 
 
 @pytest.mark.parametrize("mib", [1, 65])

@@ -76,27 +76,36 @@ class _Pool:
         self._idle: list[_Block] = []
         self._requests = self._lent = self._limit = 0
 
-    def take(self, nbytes: int, limit: int, *, workspace: bool) -> torch.UntypedStorage | None:
+    def take(
+        self, nbytes: int, limit: int, *, workspace: bool, brief: bool
+    ) -> torch.UntypedStorage | None:
         """At least ``nbytes``; None if it is too little or too much to be kept.
 
-        The memory comes back by itself when no tensor uses the storage any more. ``workspace`` says
-        that it counts towards the limit while it is out, as gradients do not.
+        The memory comes back by itself when no tensor uses the storage any more.
+
+        Args:
+            nbytes: how much.
+            limit: of the op, in bytes.
+            workspace: it counts towards the limit while it is out, as gradients do not.
+            brief: it comes back within the op, so that a block of any larger size will do.
         """
         size = -(-nbytes // self.STEP) * self.STEP
         if nbytes < self.LEAST or size > limit:
             return None
         with self._lock:
             self._requests, self._limit = self._requests + 1, limit
-            fitting = [b for b in self._idle if size <= b.memory.nbytes <= size * 5 // 4]
+            most = limit if brief else size * 5 // 4
+            fitting = [b for b in self._idle if size <= b.memory.nbytes <= most]
             block = min(fitting, key=lambda b: b.memory.nbytes, default=None)
             if block is not None:
                 self._idle.remove(block)
-            self._trim(limit - self._lent - (size if workspace else 0))
+            held = size if block is None else block.memory.nbytes
+            held = held if workspace else 0
+            self._trim(limit - self._lent - held)
             if block is None:
                 # Outside inference mode, or no later op could write to it.
                 with torch.inference_mode(False):
                     block = _Block(torch.empty(size // 8, dtype=torch.float64))
-            held = block.memory.nbytes if workspace else 0
             self._lent += held
         view = (ctypes.c_char * block.memory.nbytes).from_address(block.memory.data_ptr())
         weakref.finalize(view, self._give, block, held).atexit = False
@@ -132,15 +141,17 @@ def empty(
     *,
     limit: int = 0,
     workspace: bool = False,
+    brief: bool = False,
 ) -> Tensor:
     """Uninitialised memory; full of NaN where a test asks for it.
 
-    ``limit`` is the op's workspace limit in bytes, ``workspace`` whether this is part of it.
+    ``limit`` is the op's workspace limit in bytes, ``workspace`` whether this is part of it,
+    ``brief`` whether it is given back before the op ends.
     """
     storage = None
     if device.type == "cpu":
         nbytes = math.prod(shape) * dtype.itemsize
-        storage = _pool.take(nbytes, limit, workspace=workspace)
+        storage = _pool.take(nbytes, limit, workspace=workspace, brief=brief)
     if storage is None:
         tensor = torch.empty(shape, dtype=dtype, device=device)
     else:
@@ -171,7 +182,7 @@ class Workspace:
         if self.device.type == "cpu" and self._wanted:
             words = -(-self._wanted // 8)
             self._slab = empty(
-                (words,), torch.float64, self.device, limit=self._limit, workspace=True
+                (words,), torch.float64, self.device, limit=self._limit, workspace=True, brief=True
             )
         return self
 

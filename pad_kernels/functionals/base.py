@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pad_kernels.functionals.statistics import Block, RowStats, Statistic
 
-
 Key = TypeVar("Key")
 
 
