@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_number, fail_type
+from pad_kernels._checks import check_number, check_tensor, fail_type
+from pad_kernels._tokens import check_weights
 from pad_kernels.divergences import PlanLike, Tokens
 from pad_kernels.engine.call import Call, weighted
-from pad_kernels.engine.mixture import Mixture, check_kind
+from pad_kernels.engine.mixture import Mixture, check_kind, check_pair
 from pad_kernels.functionals import Entropy, LogProb
 from pad_kernels.heads import Head
 from pad_kernels.offline import TopKAdvantage, TopKTeacher
@@ -103,27 +104,31 @@ def linear_distill(
         >>> out.loss
         tensor(2.3026)
     """
+    check_tensor("labels", labels)
     tokens = Tokens.checked(student, labels, reduction, normalizer, ignore_index, shift, cu_seqlens)
-    if tokens.labels is None:
-        fail_type("labels", "a torch.Tensor", labels)
     weights: dict[str, Weight] = {
-        "cross_entropy": _weight("ce_weight", ce_weight),
-        "divergence": _weight("divergence_weight", divergence_weight),
-        "advantage": _weight("advantage_weight", advantage_weight),
-        "entropy": _weight("entropy_weight", entropy_weight),
+        "cross_entropy": _weight("ce_weight", ce_weight, tokens),
+        "divergence": _weight("divergence_weight", divergence_weight, tokens),
+        "advantage": _weight("advantage_weight", advantage_weight, tokens),
+        "entropy": _weight("entropy_weight", entropy_weight, tokens),
     }
     _check_given(weights, teacher, aligned, reference)
     parts = _Parts(Mixture(student), tokens, weights)
     mix, scale = check_kind(kind, alpha), check_number("beta", beta, above=0.0)
     if parts.wanted("cross_entropy"):
         parts.places["cross_entropy"] = parts.mixture.add(LogProb()), -1.0
-    if teacher is not None and parts.wanted("divergence"):
-        parts.add_divergence(teacher, kind, mix)
+    apart = teacher if isinstance(teacher, TopKTeacher) and teacher.tail != "bucket" else None
+    if teacher is not None and apart is None and parts.wanted("divergence"):
+        parts.places["divergence"] = parts.mixture.add_divergence(teacher, kind, mix), 1.0
     if aligned is not None and parts.wanted("advantage"):
         parts.places["advantage"] = parts.mixture.add_advantage(aligned, reference), scale
     if parts.wanted("entropy"):
         parts.places["entropy"] = parts.mixture.add(Entropy()), 1.0
     call = parts.mixture.call(tokens.labels, ignore_index, plan)
+    if reduction == "none":
+        call.refuse_early()
+    if apart is not None and parts.wanted("divergence"):
+        parts.add_renormalized(apart, kind, mix)  # once all arguments are checked
     if reduction == "none":
         return DistillOutput(None, *parts.per_token(call))
     loss, found = parts.summed(call)
@@ -146,6 +151,8 @@ def _check_given(
         fail_type("aligned", "the Head or TopKAdvantage that advantage_weight needs", None)
     if aligned is None and reference is not None:
         fail_type("aligned", "a teacher to go with reference", None)
+    if aligned is not None:
+        check_pair(aligned, reference)
     if teacher is not None and not isinstance(teacher, Head | TopKTeacher):
         fail_type("teacher", "a pad_kernels.Head or TopKTeacher", teacher)
 
@@ -165,16 +172,12 @@ class _Parts:
         """Whether a part is computed if it can be."""
         return self.tokens.reduction == "none" or not _is_zero(self.weights[name])
 
-    def add_divergence(self, teacher: Head | TopKTeacher, kind: str, alpha: float) -> None:
-        """The divergence, in the pass over the vocabulary unless k tokens are all there is."""
-        if isinstance(teacher, Head) or teacher.tail == "bucket":
-            self.places["divergence"] = self.mixture.add_divergence(teacher, kind, alpha), 1.0
-            return
+    def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float) -> None:
+        """The divergence where k tokens are all there is, beside the pass over the vocabulary."""
         counted, weight = self.tokens.counted, self.weights["divergence"]
-        if self.tokens.reduction != "none" and isinstance(weight, Tensor):
-            self.tokens.weights("divergence_weight", weight, weight.dtype)
-            if not weight.requires_grad:
-                counted = counted & (weight.reshape(-1) != 0)
+        applied = self.tokens.reduction != "none"
+        if applied and isinstance(weight, Tensor) and not weight.requires_grad:
+            counted = counted & (weight.reshape(-1) != 0)
         self.beside["divergence"] = self.mixture.renormalized(teacher, kind, alpha, counted)
 
     def per_token(self, call: Call) -> list[Tensor | None]:
@@ -204,9 +207,12 @@ class _Parts:
         return loss, parts
 
 
-def _weight(name: str, given: Weight) -> Weight:
-    """A weight as it came: a tensor, checked with the tokens, or a finite number."""
-    return given if isinstance(given, Tensor) else check_number(name, given)
+def _weight(name: str, given: Weight, tokens: Tokens) -> Weight:
+    """A weight as it came: a tensor of the tokens' shape, or a finite number."""
+    if not isinstance(given, Tensor):
+        return check_number(name, given)
+    check_weights(name, given, tokens.leading, tokens.counted.device)
+    return given
 
 
 def _is_zero(weight: Weight) -> bool:

@@ -10,9 +10,12 @@ from torch import Tensor
 from pad_kernels._checks import (
     FLOATS,
     check_choice,
+    check_flag,
+    check_integer,
     check_number,
     check_tensor,
     fail_type,
+    fail_value,
 )
 from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
 from pad_kernels.engine.call import weighted
@@ -48,9 +51,13 @@ class Tokens:
         if not isinstance(student, Head):
             fail_type("student", "a pad_kernels.Head", student)
         hidden = check_tensor("student.hidden", student.hidden)
+        if hidden.dim() == 0:
+            fail_value("student.hidden", "shape [..., H]", "a 0-d tensor")
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         divisor = check_normalizer(normalizer, reduction, hidden.device)
         leading = hidden.shape[:-1]
+        check_flag("shift", shift)
+        check_integer("ignore_index", ignore_index)
         if labels is None:
             for name, given in (("shift", shift), ("cu_seqlens", cu_seqlens is not None)):
                 if given:
@@ -151,9 +158,12 @@ def linear_divergence(
         fail_type("teacher", "a pad_kernels.Head or TopKTeacher", teacher)
     mixture = Mixture(student)
     if isinstance(teacher, TopKTeacher) and teacher.tail == "renormalize":
-        values = mixture.renormalized(teacher, kind, mix, tokens.counted)
+        call = mixture.call(tokens.labels, ignore_index, plan)  # for its checks: there is no pass
+        if reduction == "none":
+            call.refuse_early()
         if token_weights is not None:
             check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
+        values = mixture.renormalized(teacher, kind, mix, tokens.counted)
         if reduction == "none":
             return _weighted(values, token_weights, tokens)
         weights = tokens.weights("token_weights", token_weights, values.dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from good_calls import H, V, Values
+from good_calls import H, V, Values, topk_advantage, topk_teacher
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -87,9 +89,10 @@ def labels(g: Values) -> Values:
         changed[9] = value
         return changed
 
-    if "weight" not in g:
+    if "weight" not in g and "student" not in g:
         return integers(g["labels"], required=False)
-    bad = integers(g["labels"])
+    # A divergence of all tokens needs no labels; ce_weight= is linear_distill's.
+    bad = integers(g["labels"], required="student" not in g or "ce_weight" in g)
     # 10 is padding of the vocabulary, -100 is not what this call ignores.
     outside = {f"label {v}": with_label(v) for v in (V - 1, V, -1, -100, 1 << 40)}
     return {**bad, **outside}
@@ -166,6 +169,112 @@ def weight(g: Values) -> Values:
     return {**bad, "half": x.half(), "double": x.double(), "no vocabulary": x[:0], "vector": x[0]}
 
 
+def _with(given: Any, **change: Any) -> Any:
+    return dataclasses.replace(given, **change)
+
+
+def _fields(given: Any, names: tuple[str, ...]) -> Values:
+    """The same head or offline teacher with one field wrong."""
+    fields = dict(vars(given))
+    return {
+        f"{name} {label}": _with(given, **{name: value})
+        for name in names
+        for label, value in BAD[name](fields).items()
+    }
+
+
+def heads(g: Values, name: str) -> Values:
+    """Not a head, a head with a field wrong, and heads that do not fit the others."""
+    head = g[name]
+    x = head.hidden.detach()
+    tensors = {n: getattr(head, n).detach() for n in ("hidden", "weight", "bias")}
+    bad = {
+        "none": None,
+        "tensor": x,
+        "tuple": (x, head.weight),
+        "class": pk.Head,
+        **_fields(head, tuple(vars(head))),
+        "fewer rows": _with(head, hidden=x[:-1]),
+        "more rows": _with(head, hidden=torch.cat([x, x])),
+        "rows in two dimensions": _with(head, hidden=x.reshape(2, 5, -1)),
+        "no rows": _with(head, hidden=x[:0]),
+        "vocabulary uncut": _with(head, vocab_size=None),
+        "vocabulary cut shorter": _with(head, vocab_size=V - 2),
+        "all float64": _with(head, **{n: t.double() for n, t in tensors.items()}),
+        "all on meta": _with(head, **{n: t.to("meta") for n, t in tensors.items()}),
+    }
+    if name == "student":
+        if not any(isinstance(v, pk.Head) for k, v in g.items() if k != name):
+            # Nothing else says what the vocabulary and the dtype are.
+            for label in ("vocabulary uncut", "vocabulary cut shorter", "all float64"):
+                del bad[label]
+    else:
+        for n, t in tensors.items():
+            bad[f"{n} requires grad"] = _with(head, **{n: t.clone().requires_grad_()})
+    return bad
+
+
+def offline(given: Any) -> Values:
+    """An offline teacher with a field wrong, and ones that do not fit the student."""
+    names = tuple(vars(given))
+    kept = {n: getattr(given, n) for n in names if n != "tail"}
+    padding = torch.arange(V).repeat(10, 1)
+    number = next(n for n in names if n in ("logprobs", "values"))
+    return {
+        "none": None,
+        "dict": vars(given),
+        "other offline": topk_advantage() if "tail" in names else topk_teacher(),
+        **_fields(given, names),
+        "as many ids as padded entries": _with(given, ids=padding, **{number: padding - 99.0}),
+        "fewer rows": _with(given, **{n: t[:-1] for n, t in kept.items()}),
+        "one row": _with(given, **{n: t[0] for n, t in kept.items()}),
+        "no ids": _with(given, **{n: t[:, :0] for n, t in kept.items()}),
+        "on meta": _with(given, **{n: t.to("meta") for n, t in kept.items()}),
+    }
+
+
+def teachers(g: Values, name: str) -> Values:
+    if isinstance(g[name], pk.Head):
+        other = topk_teacher() if name == "aligned" else topk_advantage()
+        return {**heads(g, name), "other offline": other}
+    return offline(g[name])
+
+
+def kept_ids(g: Values) -> Values:
+    ids = g["ids"]
+
+    def with_id(value: int) -> Tensor:
+        changed = ids.clone()
+        changed[4, 1] = value
+        return changed
+
+    outside = {f"id {v}": with_id(v) for v in (V - 1, V, -1, -100, 1 << 40)}
+    twice = with_id(int(ids[4, 2]))
+    return {**integers(ids), **outside, "twice": twice, "rows": ids[:-1], "scalar": ids[0, 0]}
+
+
+def kept_numbers(g: Values, name: str, *outside: float) -> Values:
+    x = g[name]
+    bad = {**floats(x), "requires grad": x.clone().requires_grad_(), "fewer": x[:, :2]}
+    for value in (NAN, INF, *outside):
+        bad[f"entry {value:g}"] = x.clone()
+        bad[f"entry {value:g}"][4, 1] = value
+    return bad
+
+
+def part_weights(g: Values, name: str) -> Values:
+    x = torch.rand(10)
+    return {**numbers(), **{f"tensor, {label}": v for label, v in floats(x).items()}}
+
+
+def token_sets(g: Values) -> Values:
+    first, second = g["sets"]
+    bad = {label: [first, v] for label, v in integers(second).items()}
+    bad |= {f"first {label}": [v] for label, v in floats(first.float()).items()}
+    del bad["first longer"], bad["first rank"]
+    return {**bad, "nothing": [], "only one is a bool": [first, second.long()]}
+
+
 BAD: dict[str, Callable[[Values], Values]] = {
     "hidden": hidden,
     "weight": weight,
@@ -221,8 +330,25 @@ BAD: dict[str, Callable[[Values], Values]] = {
     "kl": lambda g: {**numbers(-1.0), "vector": torch.ones(2), "integer": torch.tensor(1)},
     "desirable_weight": lambda g: numbers(-1.0),
     "undesirable_weight": lambda g: numbers(-1.0),
-    "alpha": lambda g: numbers(-0.1, 1.1),
+    # A share of calibrated_rewards may be all or nothing, a mixture may not.
+    "alpha": lambda g: (
+        numbers(-0.1, 1.1) if "floor" in g else numbers(0.0, 1.0, -0.1, 1.1, required=False)
+    ),
     "floor": lambda g: numbers(0.0, -1.0, 1.5),
+    "student": lambda g: heads(g, "student"),
+    "teacher": lambda g: teachers(g, "teacher"),
+    "aligned": lambda g: teachers(g, "aligned"),
+    "reference": lambda g: heads(g, "reference"),
+    "ids": kept_ids,
+    "logprobs": lambda g: kept_numbers(g, "logprobs", 0.5),
+    "values": lambda g: kept_numbers(g, "values", -INF),
+    "tail": lambda g: choices(),
+    "sets": token_sets,
+    "dtype": lambda g: {"string": "float32", "integer": torch.int64, "class": float, "none": None},
+    **{
+        name: lambda g, name=name: part_weights(g, name)  # type: ignore[misc]
+        for name in ("ce_weight", "divergence_weight", "advantage_weight", "entropy_weight")
+    },
 }
 
 #: When two arguments do not fit together either may be named.
@@ -238,4 +364,6 @@ PARTNERS = {
     "kl_logprob": ("kl_ref_logprob",),
     "cu_seqlens": ("logprob", "labels"),
     "kl": ("kl_logprob",),
+    "student": ("labels", "teacher", "aligned", "reference", "token_weights"),
+    "ids": ("logprobs", "values"),
 }

@@ -86,6 +86,46 @@ def _free_pairs() -> Values:
     return {**given, "chosen_nll": torch.rand(5)}
 
 
+def _student() -> pk.Head:
+    return pk.Head(**{k: v for k, v in _head().items() if k != "plan"})
+
+
+def teacher_head(size: int = 6) -> pk.Head:
+    """A teacher with a hidden size and options of its own, of the student's vocabulary."""
+    tensors = torch.randn(10, size), torch.randn(V, size), torch.randn(V)
+    return pk.Head(*tensors, softcap=9.0, logit_scale=0.5, temperature=1.3, vocab_size=V - 1)
+
+
+def topk_teacher(tail: str = "bucket") -> pk.TopKTeacher:
+    ids = torch.rand(10, V - 1).argsort(1)[:, :3]
+    return pk.TopKTeacher(ids, torch.randn(10, V - 1).log_softmax(1)[:, :3].clone(), tail)
+
+
+def topk_advantage() -> pk.TopKAdvantage:
+    return pk.TopKAdvantage(topk_teacher().ids, torch.randn(10, 3))
+
+
+def _against_teachers() -> Values:
+    tokens = {k: v for k, v in _tokens().items() if k not in _head() or k == "plan"}
+    return {"student": _student(), **tokens, "reduction": "mean", "normalizer": 3.0}
+
+
+def _distill() -> Values:
+    return {
+        **_against_teachers(),
+        "teacher": teacher_head(),
+        "aligned": teacher_head(3),
+        "reference": teacher_head(7),
+        "kind": "jsd",
+        "alpha": 0.3,
+        "beta": 2.0,
+        "ce_weight": 0.5,
+        "divergence_weight": torch.rand(10),
+        "advantage_weight": torch.rand(10),
+        "entropy_weight": 0.1,
+    }
+
+
 GOOD: dict[str, Callable[[], Values]] = {
     "Head": lambda: {k: v for k, v in _head().items() if k != "plan"},
     "PlanRequest": lambda: {
@@ -108,6 +148,27 @@ GOOD: dict[str, Callable[[], Values]] = {
     "linear_cross_entropy": _cross_entropy,
     "linear_topk": lambda: {**_head(), "k": 3},
     "option_logprobs": lambda: {**_head(), "option_ids": torch.tensor([3, 0, 9])},
+    "TopKTeacher": lambda: vars(topk_teacher()),
+    "TopKAdvantage": lambda: vars(topk_advantage()),
+    "linear_divergence": lambda: {
+        **_against_teachers(),
+        "teacher": teacher_head(),
+        "kind": "skew_reverse_kl",
+        "alpha": 0.3,
+        "token_weights": torch.rand(10),
+    },
+    "linear_expected_advantage": lambda: {
+        **_against_teachers(),
+        "aligned": teacher_head(),
+        "reference": teacher_head(7),
+        "beta": 2.0,
+        "token_weights": torch.rand(10),
+    },
+    "linear_distill": _distill,
+    "token_mean_weights": lambda: {
+        "sets": [torch.arange(10) < 4, torch.arange(10) > 6],
+        "dtype": torch.float64,
+    },
     "linear_preference_loss": _preference,
     "listwise_preference_loss": _listwise,
     "listwise_preference_estimate": _listwise,
@@ -172,11 +233,36 @@ WITH: dict[tuple[str, str], Values] = {
     },
 }
 
+#: The same functions in another use: all of their arguments are walked there too.
+VARIANTS: dict[str, dict[str, Callable[[], Values]]] = {
+    "linear_divergence": {
+        tail: lambda tail=tail: {"teacher": topk_teacher(tail)}  # type: ignore[misc]
+        for tail in ("bucket", "renormalize")
+    },
+    "linear_expected_advantage": {
+        "offline": lambda: {"aligned": topk_advantage(), "reference": None}
+    },
+    "linear_distill": {
+        tail: lambda tail=tail: {  # type: ignore[misc]
+            "teacher": topk_teacher(tail),
+            "aligned": topk_advantage(),
+            "reference": None,
+        }
+        for tail in ("bucket", "renormalize")
+    },
+}
+
 
 def call(name: str, given: Values) -> Any:
-    """Call a public function; classes are called and then checked as the ops would."""
+    """Call a public function; classes are called and checked by an op, or as one would."""
     if name == "Head":
         return pk.Head(**given).checked()
+    if name == "TopKTeacher":
+        return pk.linear_divergence(_student(), pk.TopKTeacher(**given))
+    if name == "TopKAdvantage":
+        return pk.linear_expected_advantage(_student(), pk.TopKAdvantage(**given))
+    if name == "token_mean_weights":
+        return pk.token_mean_weights(*given["sets"], dtype=given["dtype"])
     if name == "PlanRequest":
         return pk.PlanRequest.of(pk.PlanRequest(**given))
     if name == "workspace_limit":

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from bad_values import BAD, PARTNERS
-from good_calls import GOOD, WITH, Values, call
+from good_calls import (
+    GOOD,
+    VARIANTS,
+    WITH,
+    V,
+    Values,
+    call,
+    teacher_head,
+    topk_advantage,
+    topk_teacher,
+)
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import pad_kernels as pk
 from pad_kernels.engine.workspace import account
@@ -23,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Named tuples that functions return, the plan that the planner makes, and names without arguments.
 OUTPUTS = {
+    "DistillOutput",
     "KTOOutput",
     "ListwiseEstimate",
     "ORPOOutput",
@@ -32,28 +45,62 @@ OUTPUTS = {
     "TopK",
 }
 WITHOUT_ARGUMENTS = {"__version__", "available_backends"}
+#: Modules, whose names are not those of the package; each has a test of its own.
+MODULES = {"compat", "nn"}
+#: Fields are named as those of the argument that holds them.
+PREFIX = {
+    "PlanRequest": r"plan\.",
+    "TopKTeacher": r"teacher\.",
+    "TopKAdvantage": r"aligned\.",
+}
 
 
 def arguments(name: str) -> list[str]:
     return list(inspect.signature(getattr(pk, name)).parameters)
 
 
-def given(name: str, argument: str | None = None) -> Values:
+def given(name: str, argument: str | None = None, variant: str = "") -> Values:
     """A call that works, with this argument in it."""
     torch.manual_seed(0)
-    return {**GOOD[name](), **WITH.get((name, argument or ""), {})}
+    change = VARIANTS[name][variant]() if variant else WITH.get((name, argument or ""), {})
+    return {**GOOD[name](), **change}
+
+
+def bad_values(name: str, argument: str, values: Values) -> Values:
+    """What must be refused for an argument of this call."""
+    bad = dict(BAD[argument](values))
+    if name == "linear_divergence" and getattr(values["teacher"], "tail", "") == "renormalize":
+        # It makes no pass over the vocabulary: no workspace, and labels only leave tokens out.
+        for label in [x for x in bad if x == "impossible budget" or x.startswith("label ")]:
+            del bad[label]
+    return bad
+
+
+def cases(name: str, variant: str = "") -> Iterator[Any]:
+    for argument in arguments(name):
+        values = given(name, argument, variant)
+        bad: Iterable[str] = ["missing"]
+        if variant and values[argument] is None:
+            bad = ["head"]
+        elif argument in BAD:
+            bad = bad_values(name, argument, values)
+        for label in bad:
+            names = [name, variant, argument, label]
+            yield pytest.param(*names, id="-".join(filter(None, names)))
 
 
 CASES = [
-    pytest.param(name, argument, label, id=f"{name}-{argument}-{label}")
+    case
     for name in GOOD
-    for argument in arguments(name)
-    for label in (BAD[argument](given(name, argument)) if argument in BAD else ["missing"])
+    for variant in ("", *VARIANTS.get(name, ()))
+    for case in cases(name, variant)
 ]
 
 
 def test_every_public_name_is_walked() -> None:
-    assert set(pk.__all__) == GOOD.keys() | OUTPUTS | WITHOUT_ARGUMENTS
+    assert set(pk.__all__) - MODULES == GOOD.keys() | OUTPUTS | WITHOUT_ARGUMENTS
+    for name in MODULES & set(pk.__all__):
+        assert inspect.ismodule(getattr(pk, name))
     assert not arguments("available_backends")
     for name in OUTPUTS:
         assert hasattr(getattr(pk, name), "_fields") or dataclasses.is_dataclass(getattr(pk, name))
@@ -61,7 +108,8 @@ def test_every_public_name_is_walked() -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_every_argument_has_good_and_bad_values(name: str) -> None:
-    call(name, given(name))
+    for variant in ("", *VARIANTS.get(name, ())):
+        call(name, given(name, variant=variant))
     for argument in arguments(name):
         with_it = given(name, argument)
         assert argument in with_it, f"{name} has a new argument {argument}: give it a good value"
@@ -69,35 +117,53 @@ def test_every_argument_has_good_and_bad_values(name: str) -> None:
         call(name, with_it)
 
 
-def _snapshot(values: Values) -> dict[str, tuple[Tensor, int]]:
-    return {
-        k: (v.detach().clone(), v._version)
-        for k, v in values.items()
-        if isinstance(v, Tensor) and v.layout == torch.strided and v.device.type == "cpu"
-    }
+def _tensors(values: Values) -> Iterator[Tensor]:
+    """The tensors of a call, those of its heads and offline teachers too."""
+    for value in values.values():
+        if isinstance(value, pk.Head | pk.TopKTeacher | pk.TopKAdvantage):
+            yield from _tensors(vars(value))
+        elif isinstance(value, list):
+            yield from _tensors(dict(enumerate(value)))
+        elif _plain(value):
+            yield value
 
 
-def _same(a: Any, b: Any) -> bool:
-    return bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+def _plain(value: Any) -> bool:
+    """Whether it is a tensor that can be copied and compared."""
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu"
 
 
-@pytest.mark.parametrize(("name", "argument", "label"), CASES)
-def test_refused_by_name_before_work(name: str, argument: str, label: str) -> None:
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.is_quantized:
+        a, b = a.int_repr(), b.int_repr()
+    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+
+
+@pytest.mark.parametrize(("name", "variant", "argument", "label"), CASES)
+def test_refused_by_name_before_work(name: str, variant: str, argument: str, label: str) -> None:
     assert argument in BAD, f"{name} has a new argument {argument}: give it bad values"
-    values = given(name, argument)
-    values[argument] = BAD[argument](values)[label]
-    untouched = {k: v for k, v in values.items() if k != argument}
-    before = _snapshot(untouched)
+    values = given(name, argument, variant)
+    if label == "head":
+        values[argument] = teacher_head()
+    else:
+        values[argument] = BAD[argument](values)[label]
+    refused(name, values, "|".join((argument, *PARTNERS.get(argument, ()))))
+
+
+def refused(name: str, values: Values, allowed: str) -> None:
+    """Raises and names one of these, without workspace, and nothing has changed."""
+    before = [(x, x.detach().clone(), x._version) for x in _tensors(values)]
     account.reset()
     with pytest.raises((TypeError, ValueError)) as caught:
         call(name, values)
-    allowed = "|".join((argument, *PARTNERS.get(argument, ())))
-    # PlanRequest's fields are named as the plan= argument's.
-    assert caught.match(rf"^(plan\.)?({allowed})(\.\w+)?: expected .+, got .+")
+    prefix = PREFIX.get(name, "")
+    assert caught.match(rf"^{prefix}({allowed})(\.\w+|\[\d\])?: expected .+, got .+")
     assert account.high_water == account.current == 0
-    for key, (value, version) in before.items():
-        assert values[key]._version == version
-        assert _same(values[key].detach(), value)
+    for x, value, version in before:
+        assert x._version == version
+        assert _same(x.detach(), value)
 
 
 # --- what one bad value cannot say ---
@@ -160,6 +226,26 @@ def test_samples_are_for_kinds_that_are_sampled(kind: str) -> None:
             "option_probability",
         ),
         ("linear_preference_loss", {"teacher_rewards": torch.zeros(4, 4)}, "cu_seqlens"),
+        ("linear_divergence", {"kind": "forward_kl"}, "alpha"),
+        ("linear_divergence", {"kind": "reverse_kl"}, "alpha"),
+        ("linear_divergence", {"kind": "tvd"}, "alpha"),
+        ("linear_divergence", {"reduction": "sum"}, "normalizer"),
+        ("linear_divergence", {"reduction": "none"}, "normalizer"),
+        ("linear_divergence", {"labels": None}, "shift"),
+        ("linear_divergence", {"labels": None, "shift": False}, "cu_seqlens"),
+        ("linear_divergence", {"shift": False}, "cu_seqlens"),
+        ("linear_expected_advantage", {"reference": None}, "reference"),
+        ("linear_expected_advantage", {"aligned": topk_advantage()}, "reference"),
+        ("linear_expected_advantage", {"reduction": "none"}, "normalizer"),
+        ("linear_distill", {"kind": "forward_kl"}, "alpha"),
+        ("linear_distill", {"reduction": "sum"}, "normalizer"),
+        ("linear_distill", {"reduction": "none"}, "normalizer"),
+        ("linear_distill", {"teacher": None}, "teacher"),
+        ("linear_distill", {"aligned": None}, "aligned"),
+        ("linear_distill", {"aligned": None, "reference": None}, "aligned"),
+        ("linear_distill", {"aligned": None, "advantage_weight": 0.0}, "aligned"),
+        ("linear_distill", {"reference": None}, "reference"),
+        ("linear_distill", {"aligned": topk_advantage()}, "reference"),
     ],
 )
 def test_arguments_that_do_not_go_together(name: str, change: Values, named: str) -> None:
@@ -175,3 +261,57 @@ def test_dtypes_are_not_mixed(argument: str, dtype: torch.dtype) -> None:
     values[argument] = values[argument].detach().to(dtype)
     with pytest.raises(TypeError, match=r"^(weight|bias): expected hidden's dtype"):
         pk.linear_logprob(**values)
+
+
+#: What a weight of 0 leaves out is still looked at: a typing error does not wait for a warm-up.
+UNUSED = {"divergence_weight": 0.0, "advantage_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teacher": 3}, "teacher"),
+        ({"aligned": 3}, "aligned"),
+        ({"reference": 3}, "reference"),
+        ({"reference": None}, "reference"),
+        ({"aligned": topk_advantage()}, "reference"),
+    ],
+)
+def test_teachers_without_weight_are_checked(change: Values, named: str) -> None:
+    call("linear_distill", {**given("linear_distill"), **UNUSED})
+    refused("linear_distill", {**given("linear_distill"), **UNUSED, **change}, named)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("weight", ["ce", "divergence", "advantage", "entropy"])
+def test_weights_are_checked_whatever_the_reduction(weight: str, reduction: str) -> None:
+    values = {**given("linear_distill"), "reduction": reduction, "normalizer": None}
+    refused("linear_distill", {**values, f"{weight}_weight": torch.rand(9)}, f"{weight}_weight")
+
+
+@pytest.mark.parametrize("plan", ["reference", "late", "kept", "early"])
+@pytest.mark.parametrize("field", ["ids", "logprobs", "values"])
+def test_offline_values_are_checked_under_every_plan(field: str, plan: str) -> None:
+    advantage = field == "values"
+    name = "linear_expected_advantage" if advantage else "linear_divergence"
+    argument, good = ("aligned", topk_advantage()) if advantage else ("teacher", topk_teacher())
+    spoiled = getattr(good, field).clone()
+    spoiled[4, 1] = V if field == "ids" else torch.nan
+    change = {"reference": None} if advantage else {}
+    values = {**given(name), **change, "plan": plan}
+    bad = dataclasses.replace(good, **{field: spoiled})
+    refused(name, {**values, argument: bad}, argument)
+    if plan == "reference":
+        return  # dense: it looks at every row
+    # Labels are shifted: without the next one nobody looks at what was kept of a row.
+    left_out = values["labels"].clone()
+    left_out[5] = values["ignore_index"]
+    call(name, {**values, argument: bad, "labels": left_out})
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("name", ["linear_divergence", "linear_distill"])
+def test_early_plans_are_for_one_number(name: str, tail: str) -> None:
+    values = {**given(name), "teacher": topk_teacher(tail), "plan": "early"}
+    call(name, values)
+    refused(name, {**values, "reduction": "none", "normalizer": None}, "plan")

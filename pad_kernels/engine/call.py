@@ -60,9 +60,12 @@ class Call:
         self._options = [h.checked(n, gemm=autocast) for h, n in zip(heads, names, strict=True)]
         for head, name in zip(self.teachers, names[1:], strict=True):
             self._check_teacher(head, name, device)
-        dtypes = {x.dtype for h in heads for x in (h.hidden, h.weight)}
-        if torch.float64 in dtypes and len(dtypes) > 1:
-            fail_type("weight", "float64 like the other inputs, or none of them in it", "a mixture")
+        double = self.student.hidden.dtype == torch.float64
+        for head, name in zip(heads, names, strict=True):
+            for field_name, x in (("hidden", head.hidden), ("weight", head.weight)):
+                if (x.dtype == torch.float64) != double:
+                    expected = "float64 like the other inputs, or none of them in it"
+                    fail_type(name + field_name, expected, x.dtype)
         for head, name in zip(heads, names, strict=True):
             # The ops would take a tensor with a tangent for a constant.
             for field_name in ("hidden", "weight", "bias"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_choice, check_number, fail_type, fail_value
+from pad_kernels._checks import check_choice, check_number, check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.engine.call import Call
+from pad_kernels.engine.call import Call, autocast_dtype
 from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.plan import Plan, PlanRequest
 from pad_kernels.functionals import Advantage, Functional, TopKDivergence
@@ -33,6 +33,17 @@ def check_kind(kind: str, alpha: float | None) -> float:
     return number
 
 
+def check_pair(aligned: Head | TopKAdvantage, reference: Head | None) -> None:
+    """Raise unless these are two heads, or offline log-ratios on their own."""
+    if not isinstance(aligned, Head | TopKAdvantage):
+        fail_type("aligned", "a pad_kernels.Head or TopKAdvantage", aligned)
+    if isinstance(aligned, TopKAdvantage):
+        if reference is not None:
+            fail_type("reference", "None: offline log-ratios have it in them", reference)
+    elif not isinstance(reference, Head):
+        fail_type("reference", "a pad_kernels.Head to go with aligned", reference)
+
+
 class Mixture:
     """The student, its teachers, and the functionals of one pass over them.
 
@@ -44,6 +55,9 @@ class Mixture:
     def __init__(self, student: Head, name: str = "student") -> None:
         if not isinstance(student, Head):
             fail_type(name, "a pad_kernels.Head", student)
+        device = check_tensor(name + ".hidden", student.hidden).device
+        # First of all: what is offline is checked against the student's shapes.
+        self._options = student.checked(name + ".", gemm=autocast_dtype(device))
         self.student = student
         self._teachers: list[Head] = []
         self._names = [name + "."]
@@ -83,23 +97,18 @@ class Mixture:
         self, teacher: TopKTeacher, kind: str, alpha: float, counted: Tensor
     ) -> Tensor:
         """Divergence to a renormalised offline teacher, [N]; no pass over the vocabulary."""
-        options = self.student.checked(self._names[0])
         self._check_offline(teacher, "teacher")
-        return _renormalized(self.student, options, teacher, kind, alpha, counted)
+        return _renormalized(self.student, self._options, teacher, kind, alpha, counted)
 
     def add_advantage(self, aligned: Head | TopKAdvantage, reference: Head | None) -> int:
         """Add the expected log-ratio of an aligned and a reference teacher."""
+        check_pair(aligned, reference)
         if isinstance(aligned, TopKAdvantage):
-            if reference is not None:
-                fail_value("reference", "None: offline log-ratios have it in them", "a head")
             self._check_offline(aligned, "aligned")
             self._inputs["advantage_ids"] = _flat(aligned.ids).to(torch.int64)
             self._inputs["advantage_values"] = _flat(aligned.values)
             return self.add(TopKAdvantageFunctional())
-        if not isinstance(aligned, Head):
-            fail_type("aligned", "a pad_kernels.Head or TopKAdvantage", aligned)
-        if not isinstance(reference, Head):
-            fail_type("reference", "a pad_kernels.Head to go with aligned", reference)
+        assert reference is not None
         return self.add(
             Advantage(self._stream(aligned, "aligned"), self._stream(reference, "reference"))
         )
