@@ -5,8 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
+// PAD_HD is for the formulas. On a CPU they are always inlined: a loop that calls one is not
+// vectorised, and compilers stop inlining when a file grows.
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define PAD_HD __host__ __device__ inline
+#elif defined(__GNUC__)
+#define PAD_HD inline __attribute__((always_inline))
 #else
 #define PAD_HD inline
 #endif
