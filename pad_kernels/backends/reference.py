@@ -135,6 +135,12 @@ def _dense_logits(
     return logits
 
 
+def _harmless(name: str, x: Tensor, ignored: Tensor) -> Tensor:
+    """A per-row input whose ignored rows cannot spoil a gather or a gradient."""
+    fill = -5.0 if name == "teacher_logprobs" else 0
+    return x.masked_fill(ignored.unsqueeze(1), fill)
+
+
 def _values(
     recipe: Recipe,
     student: tuple[Tensor, Tensor, Tensor | None],
@@ -155,7 +161,10 @@ def _values(
     if recipe.ignore_index is not None and "labels" in inputs:
         ignored = inputs["labels"][:, 0] == recipe.ignore_index
         inputs["labels"] = inputs["labels"].masked_fill(ignored.unsqueeze(1), 0)
-    check_inputs(recipe, inputs)
+        check_inputs(recipe, {name: x[~ignored] for name, x in inputs.items()})
+        inputs = {name: _harmless(name, x, ignored) for name, x in inputs.items()}
+    else:
+        check_inputs(recipe, inputs)
     found = [ORACLES[type(f).__name__](f, logits, inputs) for f in recipe.functionals]
     values = torch.cat(found, 0)
     return (values if ignored is None else torch.where(ignored, 0.0, values)), logits[0]

@@ -36,9 +36,10 @@ def candidate_logits(
     teacher = {"teacher_ids": ids, "teacher_logprobs": logprobs}
     check_inputs_of(vocab, {name: x.index_select(0, live) for name, x in teacher.items()})
     out = hidden.new_zeros(ids.shape, dtype=dtype)
-    for rows in _blocks(hidden, ids, live):
-        gathered = weight[ids[rows]].to(dtype)
-        out[rows] = torch.bmm(gathered, hidden[rows].to(dtype).unsqueeze(2)).squeeze(2)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _blocks(hidden, ids, live):
+            gathered = weight[ids[rows]].to(dtype)
+            out[rows] = torch.bmm(gathered, hidden[rows].to(dtype).unsqueeze(2)).squeeze(2)
     return out
 
 
@@ -63,7 +64,8 @@ def candidate_logits_backward(
     dtype = accumulate_dtype(hidden.dtype)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     live = counted.nonzero().squeeze(1)
-    with Workspace(hidden.device) as workspace:
+    off = torch.autocast(hidden.device.type, enabled=False)
+    with Workspace(hidden.device) as workspace, off:
         total = None
         if needs_weight:
             # A half-precision sum over rows would lose the small ones.
