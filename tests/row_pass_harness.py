@@ -111,9 +111,9 @@ class State:
             [m.data_ptr() for m in self.maxima],
             [s.data_ptr() for s in self.sums],
             [(w, c, m.data_ptr()) for (w, c), m in zip(self.moments, self.moment, strict=True)],
-            self.total.data_ptr(),
-            self.argmax.data_ptr(),
-            self.best.data_ptr(),
+            address(self.total),
+            address(self.argmax),
+            address(self.best),
             threads=self.threads,
         )
         return self

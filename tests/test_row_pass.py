@@ -104,6 +104,31 @@ def test_chunks_merge_to_the_whole_in_any_order(count: int, dtype: torch.dtype) 
         torch.testing.assert_close(state.moment, whole.moment, rtol=4 * rtol, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("own", [0, 1])
+@pytest.mark.parametrize("apart", [1.0, 1e-3])
+def test_log_ratio_of_two_streams(dtype: torch.dtype, head: str, own: int, apart: float) -> None:
+    """A KL's statistics, of models that differ and of models that nearly agree."""
+    rows, cols = 4, 20011
+    streams = make_streams(2, rows, cols, dtype, HEADS[head])
+    if apart < 1:
+        near = streams[0].logits.double() + torch.randn(rows, cols, dtype=torch.float64) * apart
+        streams[1].logits = strided(near.to(dtype))
+        streams[1].bias = streams[0].bias
+    signs = (1.0, -1.0) if own == 0 else (-1.0, 1.0)
+    state = State(streams, [(own, signs)])
+    state.total = state.argmax = state.best = None  # what a divergence does not ask for
+    for begin, end in ((0, 7), (7, 9000), (9000, cols)):
+        state.add(begin, end)
+    found = state.moment[0] / state.sums[own] + (state.sums[1 - own] / state.sums[own]).log()
+    p, q = (streams[j].transformed()[0].log_softmax(1) for j in (own, 1 - own))
+    exact = (p.exp() * (p - q)).sum(1)
+    slack = {torch.float64: 1e-13}.get(dtype, 3e-8 if apart < 1 and head != "softcap" else 1e-6)
+    torch.testing.assert_close(found, exact, rtol=2e-6 if apart == 1 else 0.05, atol=slack)
+    assert float(found.min()) >= -1e-7
+
+
 def term_sizes(
     streams: Sequence[Stream], maxima: Tensor, sums: Tensor, terms: Terms, offset: int
 ) -> Tensor:
@@ -153,6 +178,7 @@ def test_gradient(dtype: torch.dtype, shape: tuple[int, int], count: int, head: 
         Terms(c0=column(), q=[column(), *[None] * (count - 1)]),
         Terms(c1=column(), q=each, p=[c * 0.5 for c in each], **sparse),
         Terms(p=[*[None] * (count - 1), column()]),
+        Terms(c1=column(), p=[*[None] * (count - 1), column()], **sparse),
         Terms(
             c1=column(),
             outside_ids=ids[:, 1:].contiguous(),

@@ -6,321 +6,11 @@
 // the linker pick the wrong one.
 #include "row_pass.h"
 
+#include "tile_loops.h"
+
 namespace pad {
 namespace PAD_ISA {
 namespace {
-
-// 2048 floats are 8 KiB: three streams, a chain factor and two temporaries fit beside the logits.
-constexpr int kTile = 2048;
-
-// Logits that are read as they are need no room beside them. A longer tile halves what the end of
-// each one costs, which is 32 additions in a row and a merge.
-template <class Z>
-constexpr int kRawTile = 16384 / sizeof(Z);
-
-// A row is summed in segments whose bounds depend on its length alone, so the bits of a result do
-// not depend on how many threads shared the work.
-constexpr int64_t kSegment = 16384;
-constexpr int64_t kMaxSegments = 64;
-
-int64_t segment_width(int64_t cols) {
-  const int64_t even = (cols + kMaxSegments - 1) / kMaxSegments;
-  const int64_t width = (even + kTile - 1) / kTile * kTile;
-  return width > kSegment ? width : kSegment;
-}
-
-int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
-
-// ---------------------------------------------------------------- stored types
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-template <class Z>
-struct Accumulator {
-  using type = Z;
-};
-template <>
-struct Accumulator<bfloat16> {
-  using type = float;
-};
-
-PAD_HD float load(float z) { return z; }
-PAD_HD double load(double z) { return z; }
-PAD_HD float load(bfloat16 z) { return bits_as<float>(uint32_t(z.bits) << 16); }
-
-template <class Z>
-Z store(typename Accumulator<Z>::type value);
-template <>
-PAD_HD float store<float>(float value) {
-  return value;
-}
-template <>
-PAD_HD double store<double>(double value) {
-  return value;
-}
-// Round to nearest, ties to even; a NaN stays one (rounding could carry it to infinity).
-template <>
-PAD_HD bfloat16 store<bfloat16>(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {uint16_t(value != value ? 0x7fc0u : rounded)};
-}
-
-// Signed integers in the order of the numbers, so that a maximum needs no floating-point
-// comparison: compilers vectorise an integer maximum without being allowed to forget NaN.
-// Every map is its own inverse.
-PAD_HD int32_t ordered(float z) {
-  const int32_t bits = bits_as<int32_t>(z);
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-PAD_HD int64_t ordered(double z) {
-  const int64_t bits = bits_as<int64_t>(z);
-  return bits ^ ((bits >> 63) & 0x7fffffffffffffffll);
-}
-PAD_HD int16_t ordered(bfloat16 z) {
-  const int16_t bits = bits_as<int16_t>(z.bits);
-  return int16_t(bits ^ ((bits >> 15) & 0x7fff));
-}
-PAD_HD float number(int32_t key) { return bits_as<float>(key ^ ((key >> 31) & 0x7fffffff)); }
-PAD_HD double number(int64_t key) {
-  return bits_as<double>(key ^ ((key >> 63) & 0x7fffffffffffffffll));
-}
-PAD_HD float number(int16_t key) { return load(bfloat16{uint16_t(key ^ ((key >> 15) & 0x7fff))}); }
-
-// ---------------------------------------------------------------- loops over one tile
-
-// Ask for the next tile while this one is worked on: the hardware's own prefetching stops at every
-// page, and a tile of bfloat16 is one. `kWrite`: it will be written to.
-template <bool kWrite, class Z>
-void prefetch_tile(const Z* z, int64_t n) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(Z))) __builtin_prefetch(z + i, kWrite, 3);
-#else
-  (void)z, (void)n;
-#endif
-}
-
-// The largest entry; a NaN with its sign bit set may be missed, the sum never misses one.
-template <class Z>
-auto tile_maximum(const Z* z, int64_t n) -> decltype(load(*z)) {
-  auto key = ordered(z[0]);
-  PAD_SIMD_MAX(key)
-  for (int64_t i = 1; i < n; ++i) {
-    const auto other = ordered(z[i]);
-    key = other > key ? other : key;
-  }
-  return number(key);
-}
-
-// One stream's tile behind its head transform: a, and da/dz if `chain` is given.
-template <class T, class Z>
-void transform_tile(const Z* z, const T* bias, const Head<T>& head, int64_t n, T* a, T* chain) {
-  if (bias) {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] = load(z[i]) + bias[i];
-  } else {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] = load(z[i]);
-  }
-  if (head.identity) return;
-  const T scale = head.scale, softcap = head.softcap, temperature = head.temperature;
-  const T slope = head.slope;
-  if (scale != T(1)) {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] *= scale;
-  }
-  if (chain) {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-      const TanhSlope<T> cap = tanh_of(a[i] / softcap);
-      a[i] = softcap * cap.value;
-      chain[i] = slope * cap.slope;
-    }
-  } else if (head.capped) {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] = softcap * tanh_of(a[i] / softcap).value;
-  }
-  if (temperature != T(1)) {
-    PAD_SIMD
-    for (int64_t i = 0; i < n; ++i) a[i] /= temperature;
-  }
-}
-
-// A sum of floats is cut after so many: next to a sum of 1 a long row of terms below 6e-8 would be
-// lost one by one, which at 8192 of them cost 4e-6. Chunks add up in double.
-constexpr int64_t kChunk = 512;
-
-// The sum over chunks [i, i + m) of [0, n) of what `chunk(i, m)` returns.
-template <class Chunk>
-inline double over_chunks(int64_t n, Chunk chunk) {
-  double total = 0;
-  for (int64_t i = 0; i < n; i += kChunk) total += chunk(i, smaller(kChunk, n - i));
-  return total;
-}
-
-template <class Z, class T>
-T chunk_sum(const Z* z, int64_t n, T shift) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp_of(load(z[i]) - shift);
-  return sum;
-}
-template <class Z, class T>
-double tile_sum(const Z* z, int64_t n, T shift) {
-  return over_chunks(n, [&](int64_t i, int64_t m) { return chunk_sum(z + i, m, shift); });
-}
-
-// The sum, and sum exp(x) x with x = a - max: the moment of one stream with itself.
-template <class Z, class T>
-T chunk_sum_and_moment(const Z* z, int64_t n, T shift, T* moment_out) {
-  T sum = 0, moment = 0;
-  PAD_SIMD_SUM(sum, moment)
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = load(z[i]) - shift;
-    const T exp = exp_of(x);
-    sum += exp;
-    moment += weighted(exp, x);
-  }
-  *moment_out = moment;
-  return sum;
-}
-template <class Z, class T>
-double tile_sum_and_moment(const Z* z, int64_t n, T shift, double* moment) {
-  *moment = 0;
-  return over_chunks(n, [&](int64_t i, int64_t m) {
-    T part;
-    const T sum = chunk_sum_and_moment(z + i, m, shift, &part);
-    *moment += part;
-    return sum;
-  });
-}
-
-// As chunk_sum, keeping the exponentials.
-template <class T>
-T chunk_exponentials(const T* a, int64_t n, T shift, T* exps) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
-    sum += exps[i];
-  }
-  return sum;
-}
-
-// The same, and the sum less that of `base`.
-template <class T>
-T chunk_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps, T* over_out) {
-  T sum = 0, over = 0;
-  PAD_SIMD_SUM(sum, over)
-  for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
-    sum += exps[i];
-    over += exps[i] - base[i];
-  }
-  *over_out = over;
-  return sum;
-}
-
-// The exponentials of a tile and their sum. `base` are those of another stream, whose sum is
-// `base_sum`, or null: the sums of two nearly equal streams agree to seven digits, and their
-// divergence is made of the rest, so that a small difference is added up by itself.
-template <class T>
-double tile_exponentials(const T* a, int64_t n, T shift, T* exps, const T* base, double base_sum) {
-  if (!base)
-    return over_chunks(
-        n, [&](int64_t i, int64_t m) { return chunk_exponentials(a + i, m, shift, exps + i); });
-  double difference = 0;
-  const double sum = over_chunks(n, [&](int64_t i, int64_t m) {
-    T over;
-    const T part = chunk_exponentials_over(a + i, base + i, m, shift, exps + i, &over);
-    difference += over;
-    return part;
-  });
-  const double size = difference < 0 ? -difference : difference;
-  return size < 0.25 * sum ? base_sum + difference : sum;
-}
-
-// sum exps (x_over - x_under), with x = a - shift and exps those of any stream.
-template <class T>
-T chunk_log_ratio(const T* exps, const T* over, T shift_over, const T* under, T shift_under,
-                  int64_t n) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i)
-    sum += weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-  return sum;
-}
-template <class T>
-double tile_log_ratio(const T* exps, const T* over, T shift_over, const T* under, T shift_under,
-                      int64_t n) {
-  return over_chunks(n, [&](int64_t i, int64_t m) {
-    return chunk_log_ratio(exps + i, over + i, shift_over, under + i, shift_under, m);
-  });
-}
-
-// The same plus the sum of rest - exps, where exps are those of `over` and rest those of `under`:
-// every summand is then positive, and small where the two are nearly equal.
-template <class T>
-T chunk_balanced(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
-                 T shift_under, int64_t n) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i)
-    sum +=
-        (rest[i] - exps[i]) + weighted(exps[i], (over[i] - shift_over) - (under[i] - shift_under));
-  return sum;
-}
-// `sum` is that of exps, `gap` what the sum of rest has more.
-template <class T>
-double tile_own_log_ratio(const T* exps, const T* rest, const T* over, T shift_over, const T* under,
-                          T shift_under, double sum, double gap, int64_t n) {
-  const double size = gap < 0 ? -gap : gap;
-  if (!(size < 0.25 * sum)) return tile_log_ratio(exps, over, shift_over, under, shift_under, n);
-  const double balanced = over_chunks(n, [&](int64_t i, int64_t m) {
-    return chunk_balanced(exps + i, rest + i, over + i, shift_over, under + i, shift_under, m);
-  });
-  return balanced - gap;
-}
-
-template <class T>
-T chunk_weighted_sum(const T* exps, const T* factors, int64_t n) {
-  T sum = 0;
-  PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) sum += weighted(exps[i], factors[i]);
-  return sum;
-}
-template <class T>
-double tile_weighted_sum(const T* exps, const T* factors, int64_t n) {
-  return over_chunks(
-      n, [&](int64_t i, int64_t m) { return chunk_weighted_sum(exps + i, factors + i, m); });
-}
-
-template <class Z>
-auto chunk_total(const Z* z, int64_t n) -> decltype(load(*z)) {
-  decltype(load(*z)) total = 0;
-  PAD_SIMD_SUM(total)
-  for (int64_t i = 0; i < n; ++i) total += load(z[i]);
-  return total;
-}
-template <class Z>
-double tile_total(const Z* z, int64_t n) {
-  return over_chunks(n, [&](int64_t i, int64_t m) { return chunk_total(z + i, m); });
-}
-
-template <class T>
-void fill_tile(T* to, int64_t n, T value) {
-  PAD_SIMD
-  for (int64_t i = 0; i < n; ++i) to[i] = value;
-}
-
-// to += coefficient * (a - shift)
-template <class T>
-void add_shifted(T* to, const T* a, int64_t n, T coefficient, T shift) {
-  PAD_SIMD
-  for (int64_t i = 0; i < n; ++i) to[i] += coefficient * (a[i] - shift);
-}
 
 // ---------------------------------------------------------------- statistics
 
@@ -477,6 +167,40 @@ void tail_of_tile(T* a, int64_t n, int64_t first, IdsCursor& ids, const RowState
   tile.sum[0] = tile_sum(a, n, shift_of(T(tile.maximum[0])));
 }
 
+// Whether a pass is over two streams as they are stored, with the mean of one's log-ratio to the
+// other as its only moment.
+template <class Z>
+bool is_pair(const StatisticsPlan<Z>& plan) {
+  const StatisticsArgs& args = plan.args;
+  if (args.streams != 2 || args.moments != 1 || args.total || args.argmax || args.tail_sum)
+    return false;
+  for (int j = 0; j < 2; ++j)
+    if (!args.stream[j].logits || !Rows<Z>::raw(args.stream[j], plan.head[j])) return false;
+  return plan.moment[0].over >= 0 && plan.moment[0].over == plan.moment[0].weight;
+}
+
+template <class Z>
+void pair_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+               const RowState<double>& so_far, RowState<double>& tile) {
+  using T = typename Accumulator<Z>::type;
+  const StatisticsArgs& args = plan.args;
+  const int own = plan.moment[0].over, other = plan.moment[0].under;
+  const Z* z[2];
+  T shift[2];
+  for (int j = 0; j < 2; ++j) {
+    z[j] = Rows<Z>::logits(args.stream[j], row, col);
+    const T maximum = larger(T(so_far.maximum[j]), tile_maximum(z[j], n));
+    tile.maximum[j] = maximum;
+    shift[j] = shift_of(maximum);
+  }
+  const PairSums sums = tile_pair(z[own], z[other], n, shift[own], shift[other]);
+  const double gap = sums.over < 0 ? -sums.over : sums.over;
+  const bool alike = gap < 0.25 * sums.own;
+  tile.sum[own] = sums.own;
+  tile.sum[other] = alike ? sums.own + sums.over : sums.other;
+  tile.moment[0] = alike ? sums.balanced - sums.over : sums.ratio;
+}
+
 template <class Z>
 void many_streams_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
                        IdsCursor& tail, const Summary& so_far, Summary& found) {
@@ -518,7 +242,8 @@ Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t b
   const StreamArgs& stream = args.stream[0];
   const bool many = args.streams > 1 || args.tail_sum;
   const bool raw = !many && Rows<Z>::raw(stream, plan.head[0]);
-  const int64_t step = raw ? kRawTile<Z> : kTile;
+  const bool pair = is_pair(plan);
+  const int64_t step = raw || pair ? kRawTile<Z> : kTile;
   IdsCursor tail(args.tail, row, args.vocab_offset + begin);
   Summary state;
   for (int64_t col = begin; col < end; col += step) {
@@ -529,6 +254,8 @@ Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t b
     prefetch_streams<Z>(args, row, col + n, smaller(step, end - col - n));
     if (raw) {
       one_stream_tile(plan, z, n, first, state.whole, tile.whole);
+    } else if (pair) {
+      pair_tile(plan, row, col, n, state.whole, tile.whole);
     } else if (many) {
       many_streams_tile(plan, row, col, n, tail, state, tile);
     } else {
@@ -759,6 +486,16 @@ void one_stream_gradient(const A* a, int64_t n, const RowCoefficients<T>& coeffi
   }
 }
 
+// d of a tile of two streams: a multiple of each one's exponentials. `out` may be `z`.
+template <class O, class Z, class T>
+void pair_gradient(const Z* z, const Z* other, int64_t n, T shift, T constant, T other_shift,
+                   T other_constant, O* out) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = store<O>(exp_of(load(z[i]) - shift) * constant +
+                      exp_of(load(other[i]) - other_shift) * other_constant);
+}
+
 // d += s * factor, with the share s = exp(a - shift) * inverse
 template <class T>
 void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse) {
@@ -826,12 +563,26 @@ struct GradientPlan {
   const GradientArgs& args;
   Head<T> head[kMaxStreams];
   bool simple;  // c0 + s_0 (c1 + q_0 x_0), of the student alone
+  int pair;     // the teacher j of s_0 c1 + s_j p_j with logits as they are stored; 0 for none
 
   explicit GradientPlan(const GradientArgs& arguments) : args(arguments) {
     make_heads(args, head);
     simple = !args.outside_value && args.divergence.teacher == 0;
     for (int j = 1; j < args.streams; ++j)
       if (args.q[j] || args.p[j]) simple = false;
+    pair = pair_of();
+  }
+
+  int pair_of() const {
+    if (args.c0 || args.outside_value || args.divergence.teacher) return 0;
+    int found = 0;
+    for (int j = 0; j < args.streams; ++j) {
+      if (args.q[j] || (j > 0 && args.p[j] && found)) return 0;
+      if (j > 0 && args.p[j]) found = j;
+    }
+    const bool raw = Rows<Z>::raw(args.stream[0], head[0]) &&
+                     (!found || Rows<Z>::raw(args.stream[found], head[found]));
+    return raw ? found : 0;
   }
 
   static T at(const double* column, int64_t row) { return column ? T(column[row]) : T(0); }
@@ -924,7 +675,16 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
   alignas(64) T chain_tile[kTile];
   T* chain = head.capped ? chain_tile : nullptr;
   IdsCursor& sparse = cursors.sparse;
-  if (!plan.simple) {
+  if (const int j = plan.pair) {
+    const Z* other = Rows<Z>::logits(args.stream[j], row, col);
+    const T own_part = student.inverse * student.c1, shift = plan.shift(j, row);
+    const T part = plan.inverse(j, row) * plan.at(args.p[j], row);
+    if (!sparse.below(first + n)) {
+      pair_gradient(z, other, n, student.shift, own_part, shift, part, out);
+      return;
+    }
+    pair_gradient(z, other, n, student.shift, own_part, shift, part, d);
+  } else if (!plan.simple) {
     many_streams_gradient<Z, T>(plan, row, col, n, student, cursors.outside, d, chain);
   } else if (Rows<Z>::raw(stream, head)) {
     if (!sparse.below(first + n)) {
