@@ -322,7 +322,8 @@ PAD_HD T inverse_of(T sum) {
 
 // What one vocabulary entry adds to a divergence between student and teacher probabilities s and t.
 // `value` is balanced by a multiple of s - t, so that it is never below 0 but for rounding; `slope`
-// is s d(value)/ds, and the gradient by the student's logit is slope - s * (sum of slopes).
+// is s (d(value)/ds + c), 0 where s = t; the gradient by the student's logit is
+// slope - s * (sum of slopes), whatever c is.
 template <class T>
 struct Outcome {
   T value, slope, s;
@@ -366,12 +367,13 @@ PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
     const T slope = (T(1) - alpha) * weighted(s, of_student);
     return {alpha * weighted(t, of_teacher) + slope, slope, s};
   }
-  const T inverse = T(1) / (T(1) + y);  // larger / m
+  const T gap = leads ? larger * less : -larger * less;  // s - t
+  const T share = (leads ? part : T(1)) / (T(1) + y);    // s / m
   if (kKind == DivergenceKind::skew_forward_kl)
-    return {weighted(t, of_teacher) + (T(1) - alpha) * (s - t),
-            (alpha - T(1)) * (smaller * inverse), s};
+    return {weighted(t, of_teacher) + (T(1) - alpha) * gap,
+            (T(1) - alpha) * (T(1) - alpha) * gap * share, s};
   const T value = weighted(s, of_student);
-  return {value + (alpha - T(1)) * (s - t), value - alpha * s * (leads ? part : T(1)) * inverse, s};
+  return {value + (alpha - T(1)) * gap, value - alpha * (T(1) - alpha) * gap * share, s};
 }
 
 }  // namespace PAD_ISA

@@ -14,7 +14,7 @@ from engine_probe import Probe, Watch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine import call, ops
+from pad_kernels.engine import call, candidates, mixture, ops
 from pad_kernels.engine import topk as topk_module
 from pad_kernels.sequence import listwise_op, rewards
 
@@ -37,12 +37,12 @@ def make(dtype: torch.dtype = torch.float32, grad: bool = True) -> dict[str, Ten
 
 Calls = list[tuple[Any, tuple[Any, ...]]]
 #: Only these have a derivative; the others are called with tensors that do not require grad.
-DIFFERENTIABLE = ("token_outputs", "weighted_sum", "listwise_preference")
+DIFFERENTIABLE = ("token_outputs", "weighted_sum", "listwise_preference", "candidate_logits")
 #: The backward of early float16 always changes in place what the forward returned beside the loss;
 #: the last utility compares those tensors too, and would see them before and after.
 IN_PLACE = ("test_schema", "test_autograd_registration", "test_faketensor")
 #: Modules that hold an op under its own name, where the code that calls it looks it up.
-HOLDERS = [ops, topk_module, listwise_op, rewards]
+HOLDERS = [ops, candidates, topk_module, listwise_op, rewards]
 
 
 class _Recorder:
@@ -61,7 +61,7 @@ class _Recorder:
 def record(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Every call of one of our ops from here on, with its arguments."""
     calls: Calls = []
-    users = [*HOLDERS, pk.api, pk.sequence.plackett_luce]
+    users = [*HOLDERS, pk.api, mixture, pk.sequence.plackett_luce]
     for holder in HOLDERS:
         for name, op in list(vars(holder).items()):
             if isinstance(op, torch._library.custom_ops.CustomOpDef):
@@ -104,7 +104,16 @@ def _listwise(kind: str, **options: Any) -> Callable[[], None]:
     return run
 
 
+def _renormalized() -> None:
+    x = make()
+    ids = torch.stack([torch.randperm(V)[:3] for _ in range(N)])
+    teacher = pk.TopKTeacher(ids, torch.full((N, 3), -1.5), "renormalize")
+    student = pk.Head(x["hidden"], x["weight"])
+    backward(pk.linear_divergence(student, teacher, labels=x["labels"]))
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "renormalized": _renormalized,
     **{f"cross_entropy-{s}": _cross_entropy(s) for s in ("early", "late", "kept", "reference")},
     "cross_entropy-torch": _cross_entropy("early:torch_blocked", label_smoothing=0.1, z_loss=0.1),
     "cross_entropy-bias": _cross_entropy("early", bias=torch.randn(V, requires_grad=True)),

@@ -32,7 +32,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         value: phi(s, t); summed over outcomes this is the divergence.
-        slope: s dphi/ds. With G its sum, the gradient by the student's logit is slope - s G.
+        slope: s (dphi/ds + c) with c such that it is 0 where s = t. With G its sum, the gradient
+            by the student's logit is slope - s G, whatever c is.
         balance: a number c such that phi + c (s - t) is never below 0. As s and t both sum to 1,
             the sum is the same, and errors of the normalisers cancel to first order.
     """
@@ -56,7 +57,7 @@ def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcom
     # Outcomes that neither has: any finite ratio does, they weigh nothing.
     ratio = torch.where((s == 0) & (t == 0), 0.0, teacher - student)
     if kind == "forward_kl":
-        return Outcome(_weighted(t, ratio), -t, 1.0)
+        return Outcome(_weighted(t, ratio), s - t, 1.0)
     if kind == "reverse_kl":
         value = _weighted(s, -ratio)
         return Outcome(value, value, -1.0)
@@ -72,10 +73,11 @@ def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcom
         slope = (1 - alpha) * _weighted(s, of_student)
         return Outcome(alpha * _weighted(t, of_teacher) + slope, slope, 0.0)
     if kind == "skew_forward_kl":
-        slope = -(1 - alpha) * torch.minimum(s, t) * torch.exp(-below)
+        slope = (1 - alpha) ** 2 * (s - t) * of_student.exp()
         return Outcome(_weighted(t, of_teacher), slope, 1 - alpha)
     value = _weighted(s, of_student)
-    return Outcome(value, value - alpha * _weighted(s, of_student.exp()), alpha - 1)
+    slope = value + alpha * (1 - alpha) * (t - s) * of_student.exp()
+    return Outcome(value, slope, alpha - 1)
 
 
 @register

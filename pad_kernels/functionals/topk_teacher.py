@@ -62,7 +62,7 @@ class TopKDivergence(Functional):
         return found.clamp(min=0).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        g, (student, teacher) = grad[0], self._logprobs(stats)
+        g, (student, teacher) = grad[0], (x.double() for x in self._logprobs(stats))
         slope, s = outcome(self.kind, self.alpha, student, teacher).slope, student.exp()
         by_outcome = g * (slope - s * slope.sum(0))
         return LogitGradient(
