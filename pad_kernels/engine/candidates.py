@@ -68,8 +68,11 @@ def candidate_logits_backward(
     with Workspace(hidden.device) as workspace, off:
         total = None
         if needs_weight:
-            # A half-precision sum over rows would lose the small ones.
-            total = workspace.empty(*weight.shape, dtype=dtype).zero_()
+            # A half-precision sum over rows would lose the small ones; others are the gradient.
+            own = weight.dtype == dtype
+            shape = tuple(weight.shape)
+            total = weight.new_empty(shape) if own else workspace.empty(*shape, dtype=dtype)
+            total.zero_()
         for rows in _blocks(hidden, ids, live):
             g = grad[rows].to(dtype)
             if needs_hidden:
@@ -78,7 +81,7 @@ def candidate_logits_backward(
             if total is not None:
                 outer = g.unsqueeze(2) * hidden[rows].to(dtype).unsqueeze(1)
                 total.index_add_(0, ids[rows].reshape(-1), outer.flatten(0, 1))
-        d_weight = hidden.new_empty(0) if total is None else total.to(weight.dtype, copy=True)
+        d_weight = hidden.new_empty(0) if total is None else total.to(weight.dtype)
     return d_hidden, d_weight
 
 
