@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def write(
     )
 
 
-def _forked(work: Callable[[], None], kill_after: float | None = None) -> bool:
+def _forked(work: Callable[[], None]) -> bool:
     """Run in a forked process; whether it was killed."""
     child = os.fork()
     if child == 0:
@@ -71,12 +72,9 @@ def _forked(work: Callable[[], None], kill_after: float | None = None) -> bool:
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM)
         return True
     assert os.WEXITSTATUS(status) == 0, "a writer failed"
     return False
@@ -104,6 +102,21 @@ def _write_and_die(path: Path, call: int, torn: bool) -> None:
     write(path)
 
 
+def _write_and_die_later(path: Path, batch: int, delay: float) -> None:
+    """Write, and be killed by an alarm that a given batch sets, in the middle of whatever."""
+    count = 0
+
+    def slow(examples: list[int]) -> tuple[pk.Head, list[int]]:
+        nonlocal count
+        if count == batch:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        count += 1
+        time.sleep(0.01)  # an alarm lets no more than a few batches pass, on any machine
+        return run(examples)
+
+    write(path, slow)
+
+
 def _dies_and_is_resumed(path: Path, call: int) -> bool:
     """Whether the writer got as far as the call that kills it."""
     killed = _forked(lambda: _write_and_die(path, call, torn=call % 4 < 2))
@@ -121,12 +134,11 @@ def main(directory: Path) -> None:
     while _dies_and_is_resumed(directory / f"call-{calls}", calls):
         calls += 1
 
-    def slow(batch: list[int]) -> tuple[pk.Head, list[int]]:
-        time.sleep(0.01)
-        return run(batch)
-
     kills, draw, path = 0, random.Random(0), directory / "random"
-    while kills < 20 and _forked(lambda: write(path, slow), draw.uniform(0.02, 0.12)):
+    while kills < 20:
+        batch, delay = draw.randint(0, 3), draw.uniform(0.001, 0.02)
+        if not _forked(partial(_write_and_die_later, path, batch, delay)):
+            break
         kills += 1
     assert not _forked(lambda: write(path))
     print(json.dumps({"calls": calls, "kills": kills}))
