@@ -160,6 +160,33 @@ def test_minus_infinity(kind: str, backend: str, reduction: str) -> None:
         assert gradient.isfinite().all()
 
 
+@every_backend
+def test_products_that_overflow(backend: str) -> None:
+    """Logits of -inf without a bias, and rows that a weight of 0 must keep them from."""
+    student, aligned, reference = (head(6, 8, 300) for _ in range(3))
+    for h in (student, aligned, reference):
+        h.hidden.abs_()
+    student.weight[:40] = aligned.weight[:40] = aligned.weight[90:120] = -3e38
+    student = trainable(student)
+    ce = torch.ones(6)
+    advantage = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0, 0.0])
+    found = []
+    for used in (advantage, torch.zeros(6)):
+        out = pk.linear_distill(
+            student,
+            torch.full((6,), 200),
+            aligned=aligned,
+            reference=reference,
+            ce_weight=ce,
+            advantage_weight=used,
+            plan=f"early:{backend}",
+        )
+        found.append(gradients(out.loss, student)[0])
+    without = advantage == 0
+    torch.testing.assert_close(found[0][without], found[1][without])
+    assert found[1].isfinite().all()
+
+
 def test_mass_where_the_student_has_none_is_infinite() -> None:
     student = replace(head(4, 8, 50), bias=torch.zeros(50))
     student.bias[7] = -torch.inf

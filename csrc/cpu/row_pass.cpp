@@ -352,22 +352,22 @@ struct OutcomeSums {
   double value = 0, slope = 0;
 };
 
-template <DivergenceKind kKind, class T>
-T chunk_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
+template <DivergenceKind kKind, class A, class T>
+T chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
                  T* slope_out) {
   const OutcomeRow<T> row = constants;
   T value = 0, slope = 0;
   PAD_SIMD_SUM(value, slope)
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = outcome_of<kKind>(a_s[i], a_t[i], row, alpha);
+    const Outcome<T> found = outcome_of<kKind>(load(a_s[i]), load(a_t[i]), row, alpha);
     value += found.value;
     slope += found.slope;
   }
   *slope_out = slope;
   return value;
 }
-template <DivergenceKind kKind, class T>
-OutcomeSums tile_outcomes(const T* a_s, const T* a_t, int64_t n, const OutcomeRow<T>& row,
+template <DivergenceKind kKind, class A, class T>
+OutcomeSums tile_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& row,
                           T alpha) {
   OutcomeSums sums;
   sums.value = over_chunks(n, [&](int64_t i, int64_t m) {
@@ -391,8 +391,8 @@ void add_divergence(T* d, const T* a_s, const T* a_t, int64_t n, const OutcomeRo
   }
 }
 
-template <class T>
-OutcomeSums outcomes_of(DivergenceKind kind, const T* a_s, const T* a_t, int64_t n,
+template <class A, class T>
+OutcomeSums outcomes_of(DivergenceKind kind, const A* a_s, const A* a_t, int64_t n,
                         const OutcomeRow<T>& row, T alpha) {
   switch (kind) {
     case DivergenceKind::jsd:
@@ -412,21 +412,28 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args,
                              const Head<typename Accumulator<Z>::type>* head, int64_t row,
                              int64_t begin, int64_t end) {
   using T = typename Accumulator<Z>::type;
-  const int teacher = args.divergence.teacher;
-  const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, teacher, row);
+  const DivergenceArgs& divergence = args.divergence;
+  const int stream[2] = {0, divergence.teacher};
+  const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, divergence.teacher, row);
+  const T alpha = T(divergence.alpha);
+  bool raw = true;
+  for (int j : stream) raw = raw && Rows<Z>::raw(args.stream[j], head[j]);
   OutcomeSums total;
   for (int64_t col = begin; col < end; col += kTile) {
     const int64_t n = smaller(kTile, end - col);
-    alignas(64) T a[2][kTile];
     prefetch_streams<Z>(args, row, col + n, smaller(kTile, end - col - n));
-    for (int k = 0; k < 2; ++k) {
-      const int j = k ? teacher : 0;
-      const StreamArgs& stream = args.stream[j];
-      transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col), head[j],
-                           n, a[k], nullptr);
+    const Z* z[2];
+    for (int k = 0; k < 2; ++k) z[k] = Rows<Z>::logits(args.stream[stream[k]], row, col);
+    OutcomeSums tile;
+    if (raw) {
+      tile = outcomes_of(divergence.kind, z[0], z[1], n, constants, alpha);
+    } else {
+      alignas(64) T a[2][kTile];
+      for (int k = 0; k < 2; ++k)
+        transform_tile<T, Z>(z[k], Rows<Z>::bias(args.stream[stream[k]], col), head[stream[k]], n,
+                             a[k], nullptr);
+      tile = outcomes_of<T, T>(divergence.kind, a[0], a[1], n, constants, alpha);
     }
-    const OutcomeSums tile =
-        outcomes_of(args.divergence.kind, a[0], a[1], n, constants, T(args.divergence.alpha));
     total.value += tile.value;
     total.slope += tile.slope;
   }
@@ -496,6 +503,25 @@ void pair_gradient(const Z* z, const Z* other, int64_t n, T shift, T constant, T
                       exp_of(load(other[i]) - other_shift) * other_constant);
 }
 
+// d of a tile of several streams: the student's share times a sum over their logits.
+template <class T>
+struct FactorRow {
+  T c0, c1, inverse;
+  T q[3], shift[3];
+};
+template <int kStreams, class O, class Z, class T>
+void factor_gradient(const Z* const* streams, int64_t n, const FactorRow<T>& coefficients, O* out) {
+  const FactorRow<T> row = coefficients;
+  const Z* z[3] = {streams[0], streams[1], streams[kStreams - 1]};
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = load(z[0][i]) - row.shift[0];
+    T factor = row.c1 + row.q[0] * x + row.q[1] * (load(z[1][i]) - row.shift[1]);
+    if (kStreams == 3) factor += row.q[2] * (load(z[2][i]) - row.shift[2]);
+    out[i] = store<O>(row.c0 + weighted(exp_of(x) * row.inverse, factor));
+  }
+}
+
 // d += s * factor, with the share s = exp(a - shift) * inverse
 template <class T>
 void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse) {
@@ -562,15 +588,21 @@ struct GradientPlan {
   using T = typename Accumulator<Z>::type;
   const GradientArgs& args;
   Head<T> head[kMaxStreams];
-  bool simple;  // c0 + s_0 (c1 + q_0 x_0), of the student alone
-  int pair;     // the teacher j of s_0 c1 + s_j p_j with logits as they are stored; 0 for none
+  bool simple;      // c0 + s_0 (c1 + q_0 x_0), of the student alone
+  bool own_share;   // any of c1 and q
+  int pair;         // the teacher j of s_0 c1 + s_j p_j with logits as they are stored; 0 for none
+  int factors = 0;  // how many of the first streams make c0 + s_0 (c1 + sum q_j x_j), as stored
 
   explicit GradientPlan(const GradientArgs& arguments) : args(arguments) {
     make_heads(args, head);
     simple = !args.outside_value && args.divergence.teacher == 0;
-    for (int j = 1; j < args.streams; ++j)
-      if (args.q[j] || args.p[j]) simple = false;
+    own_share = args.c1 || args.p[0];
+    for (int j = 0; j < args.streams; ++j) {
+      own_share = own_share || args.q[j];
+      if (j > 0 && (args.q[j] || args.p[j])) simple = false;
+    }
     pair = pair_of();
+    factors = factors_of();
   }
 
   int pair_of() const {
@@ -585,6 +617,17 @@ struct GradientPlan {
     return raw ? found : 0;
   }
 
+  int factors_of() const {
+    if (simple || args.outside_value || args.divergence.teacher) return 0;
+    int found = 0;
+    for (int j = 0; j < args.streams; ++j) {
+      if (j > 0 && args.p[j]) return 0;
+      if (!reads(j)) continue;
+      if (j > found || !Rows<Z>::raw(args.stream[j], head[j])) return 0;
+      found = j + 1;
+    }
+    return found == 2 || found == 3 ? found : 0;
+  }
   static T at(const double* column, int64_t row) { return column ? T(column[row]) : T(0); }
   T shift(int j, int64_t row) const { return shift_of(at(args.maximum[j], row)); }
   T inverse(int j, int64_t row) const { return T(inverse_of(args.sum[j][row])); }
@@ -636,13 +679,15 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
     transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col),
                          plan.head[j], n, a[j], j == 0 ? chain : nullptr);
   }
-  fill_tile(factors, n, student.c1);
-  for (int j = 0; j < args.streams; ++j) {
-    const T q = plan.at(args.q[j], row);
-    if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
-  }
   fill_tile(d, n, student.c0);
-  add_share_times(d, a[0], factors, n, student.shift, student.inverse);
+  if (plan.own_share) {
+    fill_tile(factors, n, student.c1);
+    for (int j = 0; j < args.streams; ++j) {
+      const T q = plan.at(args.q[j], row);
+      if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
+    }
+    add_share_times(d, a[0], factors, n, student.shift, student.inverse);
+  }
   for (int j = 1; j < args.streams; ++j)
     if (args.p[j])
       add_share(d, a[j], n, plan.shift(j, row), plan.at(args.p[j], row) * plan.inverse(j, row));
@@ -684,6 +729,22 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
       return;
     }
     pair_gradient(z, other, n, student.shift, own_part, shift, part, d);
+  } else if (const int factors = plan.factors) {
+    FactorRow<T> coefficients = {student.c0, student.c1, student.inverse, {}, {}};
+    const Z* streams[3];
+    for (int j = 0; j < factors; ++j) {
+      streams[j] = Rows<Z>::logits(args.stream[j], row, col);
+      coefficients.q[j] = plan.at(args.q[j], row);
+      coefficients.shift[j] = plan.shift(j, row);
+    }
+    const bool last = !sparse.below(first + n);
+    if (factors == 3)
+      last ? factor_gradient<3>(streams, n, coefficients, out)
+           : factor_gradient<3>(streams, n, coefficients, d);
+    else
+      last ? factor_gradient<2>(streams, n, coefficients, out)
+           : factor_gradient<2>(streams, n, coefficients, d);
+    if (last) return;
   } else if (!plan.simple) {
     many_streams_gradient<Z, T>(plan, row, col, n, student, cursors.outside, d, chain);
   } else if (Rows<Z>::raw(stream, head)) {
