@@ -66,6 +66,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> Command:
     add("--vocab", type=_positive, required=True, metavar="V", help="vocabulary entries")
     add("--dtype", choices=DTYPES, default="float32", help="of both tensors (default %(default)s)")
     add("--per-token", action="store_true", help="the op returns a value for each token, not a sum")
+    add("--device", metavar="NAME", help="plan for a100, h100, h200, b200, rtx4090 or cpu")
     add("--frozen-weight", action="store_true", help="the LM head is not trained, as under LoRA")
     add("--frozen-hidden", action="store_true", help="only the LM head is trained")
     add(
@@ -102,6 +103,7 @@ def explain(args: argparse.Namespace) -> int:
                 empty(args.tokens, not args.frozen_hidden),
                 empty(args.vocab, not args.frozen_weight),
                 per_token=args.per_token,
+                device=args.device,
                 plan=args.plan,
             )
     except ValueError as error:

@@ -304,6 +304,8 @@ BAD: dict[str, Callable[[Values], Values]] = {
     "token_block": lambda g: whole(0, -1, required=False),
     "vocab_block": lambda g: whole(0, -1, required=False),
     "kept_rows": lambda g: whole(-1, required=False),
+    "compact": lambda g: flags(),
+    "device": lambda g: {"unknown": "tpu", "number": 3},
     "student_rewards": lambda g: rewards(g, "student_rewards"),
     "teacher_rewards": lambda g: rewards(g, "teacher_rewards"),
     "beta": lambda g: numbers(0.0, -1.0),

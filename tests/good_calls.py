@@ -136,10 +136,12 @@ GOOD: dict[str, Callable[[], Values]] = {
         "token_block": 4,
         "vocab_block": 8,
         "kept_rows": 0,
+        "compact": True,
     },
     "explain": lambda: {
         **{k: v for k, v in _head().items() if k in ("hidden", "weight", "bias", "vocab_size")},
         "per_token": True,
+        "device": "cpu",
         "plan": "late",
     },
     "workspace_limit": lambda: {"limit": 1000},

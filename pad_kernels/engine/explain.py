@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from pad_kernels._checks import check_flag
-from pad_kernels.backends.base import resolve_backend
+from pad_kernels._checks import check_choice, check_flag
+from pad_kernels.backends.base import PREFERRED, resolve_backend
 from pad_kernels.engine.call import Call
+from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.problem import planned_device
@@ -21,6 +24,7 @@ def explain(
     bias: Tensor | None = None,
     vocab_size: int | None = None,
     per_token: bool = False,
+    device: str | None = None,
     plan: PlanRequest | Plan | str | None = None,
 ) -> Plan:
     """Print the plan that an op would run with, and return it.
@@ -32,6 +36,9 @@ def explain(
         vocab_size: as in the ops.
         per_token: True for ops with per-token outputs (``linear_logprob``), False for ops whose
             output is one number (``linear_cross_entropy``).
+        device: plan for one of "a100", "h100", "h200", "b200", "rtx4090", "cpu" whether or not it
+            is at hand; None for the tensors' own ("meta" counts as a CPU). For a device that is
+            not at hand the Triton kernels are taken to be there.
         plan: as in the ops.
 
     Returns:
@@ -49,8 +56,16 @@ def explain(
     """
     check_flag("per_token", per_token)
     call = Call(Head(hidden, weight, bias, vocab_size=vocab_size), plan=plan)
-    recipe = resolve_backend(call.recipe([LogProb()]), planned_device(hidden))
-    shape = call.shape(recipe, reduced=not per_token)
+    recipe = call.recipe([LogProb()])
+    if device is None:
+        recipe = resolve_backend(recipe, planned_device(hidden))
+        shape = call.shape(recipe, reduced=not per_token)
+    else:
+        check_choice("device", device, tuple(DEVICES))
+        there = DEVICES[device]
+        recipe = recipe.on(recipe.request.backend or PREFERRED[there.type])
+        shape = call.shape(recipe, reduced=not per_token)
+        shape = replace(shape, device=device, device_bytes=there.memory)
     found = make_plan(shape, recipe.request)
     print(describe(found, shape, recipe.request))
     return found
@@ -58,7 +73,7 @@ def explain(
 
 def describe(plan: Plan, shape: Shape, request: PlanRequest) -> str:
     """The plan beside dense logits, as a few lines of text."""
-    budget = request.budget or default_budget(shape.device, shape.device_bytes)
+    budget = request.budget or default_budget(shape.device_bytes)
     logits = shape.tokens * shape.vocab * shape.streams
     # Dense autograd holds the logits, their float32 log-softmax and the gradient of each.
     dense = logits * (2 * shape.input.itemsize + 8 if any(shape.needs) else 4)
@@ -72,12 +87,16 @@ def describe(plan: Plan, shape: Shape, request: PlanRequest) -> str:
     if plan.kept_rows:
         blocks.append(f"{plan.kept_rows} rows kept")
     dtype = str(plan.gemm).removeprefix("torch.")
+    rate = DEVICES[shape.device].rate(plan.gemm)
+    floor = dense_flops / rate
     lines = [
         f"{plan.schedule} on {plan.backend}: {plan.reason}",
         f"  shape      {shape.tokens} tokens x {shape.vocab} entries, hidden {list(shape.hidden)}",
         f"  blocks     {', '.join(blocks)}; products in {dtype}",
         f"  workspace  {_mib(plan.workspace_bytes)} of {_mib(budget)} allowed; dense {_mib(dense)}",
         f"  work       {plan.flops / 1e9:.1f} GFLOP; dense {dense_flops / 1e9:.1f} GFLOP",
+        f"  time       {1e3 * plan.seconds:.1f} ms predicted for {shape.device}; dense products "
+        f"alone {1e3 * floor:.1f} ms at {rate / 1e12:.3g} TFLOP/s",
     ]
     if plan.weight_accumulator:
         size = shape.vocab * shape.hidden[0] * plan.accumulate.itemsize

@@ -66,12 +66,9 @@ def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor
         values = schedule.values_of(problem, stats)
     greedy = torch.empty(0, dtype=torch.int64, device=problem.device)
     if problem.recipe.argmax:
-        greedy = stats[Argmax()][0]
-        if problem.live is not None:
-            full = greedy.new_full((problem.tokens,), -1)
-            greedy = full.index_copy_(0, problem.live, greedy)
+        greedy = problem.outputs(stats[Argmax()], missing=-1)[0]
     packed = schedule.pack_stats(problem, stats)
-    return schedule.scatter_rows(problem, values), greedy, packed
+    return problem.outputs(values), greedy, packed
 
 
 def _backward(
@@ -79,9 +76,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from the upstream gradient of the values, [outputs, N]."""
     stats = schedule.unpack_stats(problem, packed)
-    upstream = grad.to(problem.accumulate)
-    if problem.live is not None:
-        upstream = upstream.index_select(1, problem.live)
+    upstream = problem.weights(grad.to(problem.accumulate))
     with problem.workspace(plan) as workspace:
         run = schedule.Pass.start(problem, plan, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=False)
@@ -278,8 +273,7 @@ def _weighted(values: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
-    live = problem.live
-    weights = coefficients if live is None else coefficients.index_select(1, live)
+    weights = problem.weights(coefficients)
     stats = None
     if plan.gradient_over == "vocabulary":
         with problem.workspace(plan) as workspace:
@@ -294,7 +288,8 @@ def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
             values = schedule.values_of(problem, stats)
             schedule.differentiate_vocabulary(run, weights, stats, None, buffers)
         *gradients, factors = buffers.finish()
-    return _sum_outputs(_weighted(values, weights), gradients, factors)
+    summands = _weighted(problem.outputs(values), coefficients)
+    return _sum_outputs(summands, gradients, factors)
 
 
 @weighted_sum.register_fake
@@ -327,14 +322,18 @@ def _(
 def scale_gradients_(
     hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor
 ) -> None:
-    """Multiply early gradients by the upstream gradient, in place, and not at all if that is 1."""
+    """Multiply early gradients by the upstream gradient, in place.
+
+    Not at all if that is 1; on a GPU nobody waits to find out.
+    """
+    number = scale if scale.is_cuda else float(scale)
     for gradient, factor in zip((hidden, weight, bias), factors.tolist(), strict=True):
-        product = factor * float(scale)
-        if product != 1.0 and gradient.numel():
+        product = factor * number
+        if gradient.numel() and (scale.is_cuda or product != 1.0):
             _scale_exactly(gradient, product)
 
 
-def _scale_exactly(gradient: Tensor, product: float) -> None:
+def _scale_exactly(gradient: Tensor, product: float | Tensor) -> None:
     """One rounding: a float16 factor of its own could overflow where the product does not."""
     if gradient.dtype != torch.float16:
         gradient.mul_(product)

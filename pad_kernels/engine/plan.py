@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pad_kernels._checks import check_choice, check_integer, check_number, fail_type, fail_value
+from pad_kernels._checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    fail_type,
+    fail_value,
+)
 
 SCHEDULES = ("early", "late", "kept")
 BACKENDS = ("reference", "torch_blocked", "cpp")
@@ -51,6 +58,9 @@ class PlanRequest:
         token_block: rows of a token block.
         vocab_block: entries of a vocabulary chunk.
         kept_rows: rows that keep their logits between forward and backward.
+        compact: leave out rows that do not count (ignored labels, weights of 0) and a teacher's
+            rows that have no use for it. False computes them all, which spares a GPU one copy to
+            the host; a CUDA graph is captured that way in any case.
     """
 
     schedule: str | None = None
@@ -60,6 +70,7 @@ class PlanRequest:
     token_block: int | None = None
     vocab_block: int | None = None
     kept_rows: int | None = None
+    compact: bool = True
 
     @staticmethod
     def of(plan: PlanRequest | Plan | str | None) -> PlanRequest:
@@ -103,6 +114,7 @@ class PlanRequest:
                 check_integer(f"plan.{name}", getattr(self, name), at_least=1)
         if self.kept_rows is not None:
             check_integer("plan.kept_rows", self.kept_rows, at_least=0)
+        check_flag("plan.compact", self.compact)
         return self
 
 
@@ -124,7 +136,7 @@ class Shape:
     reduced: bool
     sweeps: int
     backend: str
-    device: str = "cpu"
+    device: str = "cpu"  # an entry of engine.devices.DEVICES
     device_bytes: int = 0
     copied_weights: bool = False
 
@@ -154,7 +166,7 @@ class Plan:
         weight_accumulator: whether a float32 [V, H] accumulator is part of the workspace.
         gemm: dtype of the matrix products' operands.
         accumulate: dtype of statistics and accumulators.
-        filter: see PlanRequest.
+        filter, compact: see PlanRequest.
         workspace_bytes: most workspace in use at any time, kept logits included.
         flops: of the matrix products, forward and backward.
         seconds: predicted time of the matrix products and of the memory traffic around them.
@@ -171,6 +183,7 @@ class Plan:
     gemm: torch.dtype
     accumulate: torch.dtype
     filter: float
+    compact: bool
     workspace_bytes: int
     flops: int
     seconds: float
@@ -186,4 +199,5 @@ class Plan:
             self.token_block,
             self.vocab_block,
             self.kept_rows,
+            self.compact,
         )

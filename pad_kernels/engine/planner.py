@@ -16,6 +16,7 @@ import torch
 
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
 
 #: Default workspace on a CPU: below 256 MiB, and room for (1024, 49152) float32 logits kept whole.
@@ -28,23 +29,15 @@ TORCH_TILE = 1 << 18
 TORCH_TEMPORARIES = 16
 #: Above this many rows a block never holds all of them.
 WHOLE_ROWS = 512
-#: (flops a second of a matrix product, bytes a second of memory), for comparing plans; measured on
-#: two cores of an AVX-512 server with AMX. Only their ratio decides anything.
-_RATES = {
-    ("cpu", torch.float64): (1.2e11, 2e10),
-    ("cpu", torch.float32): (2.4e11, 2e10),
-    ("cpu", torch.bfloat16): (9e11, 2e10),
-    ("cuda", torch.float64): (3e13, 3e12),
-    ("cuda", torch.float32): (3e14, 3e12),
-    ("cuda", torch.bfloat16): (7e14, 3e12),
-}
-#: Seconds of Python and dispatch for one block.
-_BLOCK_OVERHEAD = 3e-4
 
 
-def default_budget(device: str, device_bytes: int) -> int:
-    """Workspace when nobody says otherwise: never a function of what happens to be free."""
-    return CPU_BUDGET if device == "cpu" else int(device_bytes * GPU_SHARE)
+def default_budget(device_bytes: int) -> int:
+    """Workspace when nobody says otherwise: never a function of what happens to be free.
+
+    Args:
+        device_bytes: a GPU's total memory, 0 for a CPU.
+    """
+    return int(device_bytes * GPU_SHARE) or CPU_BUDGET
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,7 +48,7 @@ def make_plan(shape: Shape, request: PlanRequest) -> Plan:
         ValueError: the op cannot run on the requested schedule, or not within the budget; the
             message then names the smallest budget that can.
     """
-    budget = request.budget or default_budget(shape.device, shape.device_bytes)
+    budget = request.budget or default_budget(shape.device_bytes)
     candidates = list(_Candidates(shape, request, budget).all())
     fitting = [plan for plan in candidates if plan.workspace_bytes <= budget]
     if not fitting:
@@ -252,12 +245,10 @@ class _Candidates:
         flops = 2 * shape.unit + gradient
         if any(shape.needs) and over == "vocabulary":
             flops += 2 * shape.unit * (shape.tokens - kept) // max(shape.tokens, 1)
-        rate, bandwidth = _RATES[
-            "cpu" if shape.device == "cpu" else "cuda",
-            torch.float32 if shape.gemm == torch.float16 else shape.gemm,
-        ]
+        device = DEVICES[shape.device]
         traffic, blocks = self._traffic(over, rows, cols, kept, accumulator)
-        seconds = flops / rate + traffic / bandwidth + blocks * _BLOCK_OVERHEAD
+        seconds = flops / device.rate(shape.gemm) + traffic / device.bandwidth
+        seconds += blocks * device.block_seconds
         return Plan(
             schedule=schedule,
             backend=shape.backend,
@@ -269,6 +260,7 @@ class _Candidates:
             gemm=shape.gemm,
             accumulate=accumulate_dtype(shape.input),
             filter=self.request.filter,
+            compact=self.request.compact,
             workspace_bytes=need,
             flops=flops,
             seconds=seconds,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.devices import generation, total_memory
 from pad_kernels.engine.plan import Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
@@ -80,11 +83,39 @@ class Problem:
     inputs: dict[str, Tensor]  # per-row inputs of the live rows
     weight: Tensor  # the student's whole weight, for its gradient's shape
     bias_dtype: torch.dtype | None
+    muted: Tensor | None = None  # (rows,) bool, live rows that count nothing; None: there are none
+    broken: Tensor | None = None  # bool, whether an input is not what it should be; None: it is
 
     @property
     def device(self) -> torch.device:
         """Where everything lies."""
         return self.weight.device
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Numbers [k, N] of the live rows."""
+        return x if self.live is None else x.index_select(1, self.live)
+
+    def scatter(self, x: Tensor, missing: int = 0) -> Tensor:
+        """Numbers [k, live rows] as [k, N], ``missing`` elsewhere."""
+        if self.live is None:
+            return x
+        return x.new_full((x.shape[0], self.tokens), missing).index_copy_(1, self.live, x)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Factors [k, N] of the live rows' values, 0 where a row counts nothing."""
+        x = self.gather(x)
+        return x if self.muted is None else x.masked_fill(self.muted, 0)
+
+    def outputs(self, x: Tensor, missing: int = 0) -> Tensor:
+        """Values [k, live rows] as [k, N], ``missing`` for rows that do not count.
+
+        All of them are NaN if an input could not be checked in time and is wrong.
+        """
+        if self.muted is not None:
+            x = x.masked_fill(self.muted, missing)
+        if self.broken is not None and x.is_floating_point():
+            x = x.masked_fill(self.broken, torch.nan)
+        return self.scatter(x, missing)
 
     def workspace(self, plan: Plan) -> Workspace:
         """The workspace of one pass of the plan; kept logits are not part of it."""
@@ -94,8 +125,7 @@ class Problem:
     @property
     def limit(self) -> int:
         """Bytes of workspace that the op may use."""
-        default = default_budget(self.device.type, _device_bytes(self.device))
-        return self.recipe.request.budget or default
+        return self.recipe.request.budget or default_budget(total_memory(self.device))
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -117,13 +147,6 @@ class Problem:
             flat[: cols * s.weight.shape[1]].view(cols, -1) if copy else None
             for s, copy in zip(self.streams, copied, strict=True)
         ]
-
-
-def _device_bytes(device: torch.device) -> int:
-    """Total memory of a GPU; 0 elsewhere."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def planned_device(tensor: Tensor) -> torch.device:
@@ -150,8 +173,8 @@ def plan_shape(
         reduced=reduced,
         sweeps=recipe.sweeps,
         backend=backend,
-        device=device.type,
-        device_bytes=_device_bytes(device),
+        device=generation(device),
+        device_bytes=total_memory(device),
         copied_weights=not all(enters_product(w[: recipe.vocab], recipe.gemm) for w in weights),
     )
 
@@ -197,10 +220,11 @@ def build_problem(
         ValueError: a label or candidate id is outside the vocabulary.
     """
     inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
-    live, parts = _live_rows(recipe, inputs, hidden.shape[0], coefficients)
-    if live is not None:
-        inputs = {name: x.index_select(0, live) for name, x in inputs.items()}
-    check_inputs(recipe, inputs)
+    rows = _choose_rows(recipe, inputs, hidden.shape[0], coefficients)
+    if rows.live is not None:
+        inputs = {name: x.index_select(0, rows.live) for name, x in inputs.items()}
+    if rows.muted is not None:
+        inputs = {name: _muted(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()}
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
@@ -213,9 +237,19 @@ def build_problem(
             strict=True,
         )
     ]
-    rows = parts[-1].stop if parts else 0
-    bias_dtype = None if bias is None else bias.dtype
-    return Problem(recipe, streams, hidden.shape[0], live, rows, parts, inputs, weight, bias_dtype)
+    return Problem(
+        recipe=recipe,
+        streams=streams,
+        tokens=hidden.shape[0],
+        live=rows.live,
+        rows=rows.parts[-1].stop if rows.parts else 0,
+        parts=rows.parts,
+        inputs=inputs,
+        weight=weight,
+        bias_dtype=None if bias is None else bias.dtype,
+        muted=rows.muted,
+        broken=rows.broken,
+    )
 
 
 def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
@@ -223,30 +257,78 @@ def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor |
     return None if bias is None else bias[:vocab].to(dtype).contiguous()
 
 
-def _live_rows(
+@dataclass
+class _Rows:
+    """The rows that count; the fields are those of Problem."""
+
+    live: Tensor | None
+    parts: list[Part]
+    muted: Tensor | None = None
+    broken: Tensor | None = None
+
+
+def _choose_rows(
     recipe: Recipe, inputs: Mapping[str, Tensor], tokens: int, coefficients: Tensor | None
-) -> tuple[Tensor | None, list[Part]]:
-    """The rows that count, those that use the same teachers side by side."""
+) -> _Rows:
+    """The rows that count, those that use the same teachers side by side; inputs checked.
+
+    One copy to the host tells how many rows there are of each sort and whether an input is wrong.
+    While a CUDA graph is captured there can be none: then every row runs with every teacher.
+    """
+    everything = (1 << len(recipe.heads)) - 2
     wanted = _teachers_wanted(recipe, inputs, tokens, coefficients)
     if recipe.ignore_index is not None and "labels" in inputs:
-        ignored = inputs["labels"][:, 0] == recipe.ignore_index
-        if wanted is None:
-            wanted = torch.where(ignored, -1, (1 << len(recipe.heads)) - 2)
-        else:
-            wanted = torch.where(ignored, -1, wanted)
-    if wanted is None:
-        everything = (1 << len(recipe.heads)) - 2
-        return None, [_part(recipe, 0, tokens, everything)] if tokens else []
-    codes, counts = wanted.unique(return_counts=True)
+        counted = inputs["labels"][:, 0] != recipe.ignore_index
+        wanted = torch.where(counted, everything if wanted is None else wanted, -1)
+    bad = _bad_rows(recipe.vocab, inputs)
+    if bad is not None and wanted is not None:
+        bad = bad & (wanted >= 0)
+    whole = [_part(recipe, 0, tokens, everything)] if tokens else []
+    muted = None if wanted is None else wanted < 0
+    if _capturing(inputs, coefficients):
+        return _Rows(None, whole, muted, None if bad is None else bad.any())
+    codes = range(-1, everything + 1)
+    counts = _to_host(wanted, codes, bad)
+    if bad is not None and counts.pop():
+        check_inputs_of(
+            recipe.vocab, {name: x[bad] for name, x in inputs.items()}, recipe.ignore_index
+        )
+    if wanted is None or not recipe.request.compact:
+        return _Rows(None, whole, muted)
     parts, done = [], 0
-    for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-        if code >= 0:
+    for code, count in list(zip(codes, counts, strict=True))[1:]:
+        if count:
             parts.append(_part(recipe, done, done + count, code))
             done += count
     if done == tokens and len(parts) == 1:
-        return None, parts
+        return _Rows(None, parts)
     order = wanted.sort(stable=True).indices
-    return order[tokens - done :], parts
+    return _Rows(order[tokens - done :], parts)
+
+
+def _to_host(wanted: Tensor | None, codes: range, bad: Tensor | None) -> list[int]:
+    """How many rows have each code, then how many are bad, in one copy."""
+    found = []
+    if wanted is not None:
+        found.append((wanted.unsqueeze(1) == torch.tensor(codes, device=wanted.device)).sum(0))
+    if bad is not None:
+        found.append(bad.sum().unsqueeze(0))
+    return torch.cat(found).tolist() if found else []
+
+
+def _capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool:
+    """Whether the op is recorded in a CUDA graph, where nothing can be read back."""
+    tensors = [*inputs.values()] if coefficients is None else [coefficients]
+    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
+
+
+def _muted(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
+    """Harmless inputs [rows, k] for rows that count nothing, and ids that can be gathered."""
+    if x.dtype == torch.int64:
+        spread = torch.arange(x.shape[1], device=x.device)
+        return torch.where(muted.unsqueeze(1), spread, x).clamp(0, vocab - 1)
+    harmless = -math.log(2 * x.shape[1]) if name == "teacher_logprobs" else 0.0
+    return x.masked_fill(muted.unsqueeze(1), harmless)
 
 
 def _teachers_wanted(
@@ -283,22 +365,53 @@ def check_inputs_of(
 ) -> None:
     """As :func:`check_inputs`, for inputs that come without a recipe."""
     for name, x in inputs.items():
-        if not x.numel():
-            continue
-        if x.dtype == torch.int64:
-            low, high = (int(end) for end in x.aminmax())
-            if low < 0 or high >= vocab:
-                bad = low if low < 0 else high
-                expected = f"token ids in [0, {vocab})"
-                if name == "labels" and ignore_index is not None:
-                    expected += f" or ignore_index {ignore_index}"
-                fail_value(PUBLIC_NAMES.get(name, name), expected, bad)
-        if name in DISTINCT and (x.sort(-1).values.diff(dim=-1) == 0).any():
-            fail_value(PUBLIC_NAMES[name], "distinct ids in each row", "an id twice")
-        if name == "teacher_logprobs":
-            check_logprobs(x)
-        if name == "advantage_values" and not x.isfinite().all():
-            fail_value(PUBLIC_NAMES[name], "finite log-ratios", "NaN or an infinity")
+        bad = _bad_entries(name, x, vocab)
+        if bad is not None and bad.any():
+            _complain(name, x[bad], vocab, ignore_index)
+
+
+def _bad_rows(vocab: int, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Rows [N] with an input that is not what it should be; None if nothing is checked."""
+    found = None
+    for name, x in inputs.items():
+        bad = _bad_entries(name, x, vocab)
+        if bad is not None:
+            found = bad if found is None else found | bad
+    return found
+
+
+def _bad_entries(name: str, x: Tensor, vocab: int) -> Tensor | None:
+    """Rows [N] of an input [N, k] that are not what they should be; None if all may be anything."""
+    if x.dtype == torch.int64:
+        bad = ((x < 0) | (x >= vocab)).any(-1)
+        twice = (x.sort(-1).values.diff(dim=-1) == 0).any(-1) if name in DISTINCT else None
+        return bad if twice is None else bad | twice
+    if name == "teacher_logprobs":
+        # Written so that NaN is bad.
+        fine = (x <= EXCESS).all(-1) & (x.double().exp().sum(-1) <= 1 + EXCESS)
+        return ~fine
+    return ~x.isfinite().all(-1) if name == "advantage_values" else None
+
+
+def _complain(name: str, x: Tensor, vocab: int, ignore_index: int | None) -> NoReturn:
+    """Raise about the bad rows of an input."""
+    public = PUBLIC_NAMES.get(name, name)
+    if x.dtype == torch.int64:
+        low, high = (int(end) for end in x.aminmax())
+        if low >= 0 and high < vocab:
+            fail_value(public, "distinct ids in each row", "an id twice")
+        expected = f"token ids in [0, {vocab})"
+        if name == "labels" and ignore_index is not None:
+            expected += f" or ignore_index {ignore_index}"
+        fail_value(public, expected, low if low < 0 else high)
+    if name == "advantage_values":
+        fail_value(public, "finite log-ratios", "NaN or an infinity")
+    if x.isnan().any():
+        fail_value(public, "log-probabilities", "NaN")
+    if float(x.max()) > EXCESS:
+        fail_value(public, "log-probabilities, at most 0", float(x.max()))
+    mass = float(x.double().exp().sum(-1).max())
+    fail_value(public, "probabilities that sum to at most 1", f"a sum of {mass:g}")
 
 
 #: Per-row inputs by the names that callers know them by.
@@ -312,14 +425,3 @@ PUBLIC_NAMES = {
 DISTINCT = ("teacher_ids", "advantage_ids")
 #: How far the probabilities of an offline teacher may exceed 1: those of a float16 cache do.
 EXCESS = 0.01
-
-
-def check_logprobs(logprobs: Tensor) -> None:
-    """Raise if these [rows, k] cannot be log-probabilities of distinct tokens."""
-    if logprobs.isnan().any():
-        fail_value("teacher.logprobs", "log-probabilities", "NaN")
-    if float(logprobs.max()) > EXCESS:
-        fail_value("teacher.logprobs", "log-probabilities, at most 0", float(logprobs.max()))
-    mass = float(logprobs.double().exp().sum(-1).max())
-    if mass > 1 + EXCESS:
-        fail_value("teacher.logprobs", "probabilities that sum to at most 1", f"a sum of {mass:g}")

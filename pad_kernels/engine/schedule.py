@@ -316,23 +316,15 @@ def saved_statistics(problem: Problem) -> tuple[Statistic, ...]:
 def pack_stats(problem: Problem, stats: RowStats) -> Tensor:
     """Statistics of the live rows as one tensor [numbers, N]; left-out rows hold 0."""
     found = torch.cat([stats[s] for s in saved_statistics(problem)], 0)
-    return scatter_rows(problem, found)
+    return problem.scatter(found)
 
 
 def unpack_stats(problem: Problem, packed: Tensor) -> RowStats:
     """The inverse of :func:`pack_stats`."""
-    rows = packed if problem.live is None else packed.index_select(1, problem.live)
+    rows = problem.gather(packed)
     stats, done = RowStats({}, problem.inputs), 0
     for statistic in saved_statistics(problem):
         width = statistic.width(problem.inputs)
         stats[statistic] = rows[done : done + width]
         done += width
     return stats
-
-
-def scatter_rows(problem: Problem, live: Tensor) -> Tensor:
-    """[k, live rows] to [k, N], 0 elsewhere."""
-    if problem.live is None:
-        return live
-    full = live.new_zeros(live.shape[0], problem.tokens)
-    return full.index_copy_(1, problem.live, live)
