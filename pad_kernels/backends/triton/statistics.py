@@ -34,9 +34,9 @@ def load_raw(logits, bias, place, columns, inside):
 
 
 @triton.jit
-def next_id(ids, cursor, count):
-    """The id at the cursor of an ascending list, or NOWHERE behind its end."""
-    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE)
+def next_column(ids, cursor, count, offset):
+    """The column of the id at the cursor of an ascending list; far right behind its end."""
+    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def store_normalizer(field, step, maximum, total):
     return joined
 
 
-@triton.jit(do_not_specialize=["count", "rows", "width", "offset"])
+@triton.jit(do_not_specialize=["count", "rows", "tiles", "offset"])
 def row_statistics(
     logits,  # of each stream a (rows, cols) pointer, rows `strides` apart
     strides,
@@ -116,7 +116,7 @@ def row_statistics(
     best,  # (splits, rows) int32, the largest entry's column, or None
     rows,
     cols,
-    width,  # columns of a split, whole tiles
+    tiles,  # of a split
     offset,  # vocabulary id of the first column
     KINDS: tl.constexpr,  # of each stream IDENTITY, LINEAR or CAPPED
     WEIGHTS: tl.constexpr,  # of each moment the stream that weighs
@@ -128,8 +128,8 @@ def row_statistics(
     STREAMS: tl.constexpr = len(KINDS)
     MOMENTS: tl.constexpr = len(WEIGHTS)
     row = tl.program_id(0)
-    begin = tl.program_id(1) * width
-    end = tl.minimum(begin + width, cols)
+    begin = tl.program_id(1) * tiles * (DEPTH * LANES)
+    end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
     lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     nothing = tl.zeros([LANES], tl.float32)
     empty = tl.full([LANES], -float("inf"), tl.float32)
@@ -143,7 +143,7 @@ def row_statistics(
     if ids is not None:
         listed = ids + row.to(tl.int64) * count
         cursor = first_at_least(listed, count, begin + offset)
-        upcoming = next_id(listed, cursor, count)
+        upcoming = next_column(listed, cursor, count, offset)
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
@@ -169,10 +169,10 @@ def row_statistics(
             best_value, place = better(best_value, place, tile[0], columns)
         if ids is not None:
             rest = tile[0]
-            while upcoming < start + offset + DEPTH * LANES:
-                rest = tl.where(columns + offset == upcoming, -float("inf"), rest)
+            while upcoming < start + DEPTH * LANES:
+                rest = tl.where(columns == upcoming, -float("inf"), rest)
                 cursor += 1
-                upcoming = next_id(listed, cursor, count)
+                upcoming = next_column(listed, cursor, count, offset)
             tail_maximum, tail_total, _share, _scale = add_tile(tail_maximum, tail_total, rest)
     field = partial + tl.program_id(1) * rows + row
     step = tl.num_programs(1) * rows
