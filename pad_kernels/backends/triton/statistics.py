@@ -147,7 +147,7 @@ def row_statistics(
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
-        tile, shares, scales, joined, sums, sums_of = (), (), (), (), (), ()
+        tile, shares, scales, joined, sums, new_moments = (), (), (), (), (), ()
         for j in tl.static_range(STREAMS):
             raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
             a = tl.where(inside, head_transform(raw, heads[j], KINDS[j]), -float("inf"))
@@ -155,14 +155,13 @@ def row_statistics(
             tile, shares, scales = tile + (a,), shares + (share,), scales + (scale,)
             joined, sums = joined + (maximum,), sums + (mass,)
         for k in tl.static_range(MOMENTS):
-            w: tl.constexpr = WEIGHTS[k]
-            FIRST: tl.constexpr = k * STREAMS
-            before = moved_moment(
-                moments[k], totals[w], scales[w], maxima, joined, COEFFICIENTS, FIRST
+            mass, scale, share = totals[WEIGHTS[k]], scales[WEIGHTS[k]], shares[WEIGHTS[k]]
+            moment = moved_moment(
+                moments[k], mass, scale, maxima, joined, COEFFICIENTS, k * STREAMS
             )
-            more = tile_moment(tile, shares[w], joined, COEFFICIENTS, FIRST)
-            sums_of = sums_of + (before + more,)
-        maxima, totals, moments = joined, sums, sums_of
+            moment += tile_moment(tile, share, joined, COEFFICIENTS, k * STREAMS)
+            new_moments = new_moments + (moment,)
+        maxima, totals, moments = joined, sums, new_moments
         if TOTAL:
             total += tl.sum(tl.where(inside, tile[0], 0.0), 0)
         if best is not None:
@@ -182,10 +181,10 @@ def row_statistics(
         field += step
     field += STREAMS * step
     for k in tl.static_range(MOMENTS):
-        w: tl.constexpr = WEIGHTS[k]
-        FIRST: tl.constexpr = k * STREAMS
-        scale = rescale(maxima[w], whole[w])
-        parts = moved_moment(moments[k], totals[w], scale, maxima, whole, COEFFICIENTS, FIRST)
+        scale = rescale(maxima[WEIGHTS[k]], whole[WEIGHTS[k]])
+        parts = moved_moment(
+            moments[k], totals[WEIGHTS[k]], scale, maxima, whole, COEFFICIENTS, k * STREAMS
+        )
         tl.store(field, tl.sum(parts, 0))
         field += step
     if TOTAL:
@@ -266,11 +265,14 @@ def merge_statistics(
             a, b = merge_normalizers(m[j], s[j], part[j], part_sum[j])
             joined, joined_sums = joined + (a,), joined_sums + (b,)
         for k in tl.static_range(MOMENTS):
-            w: tl.constexpr = WEIGHTS[k]
-            FIRST: tl.constexpr = k * STREAMS
-            scale, other = rescale(m[w], joined[w]), rescale(part[w], joined[w])
-            a = moved_moment(moment[k], s[w], scale, m, joined, COEFFICIENTS, FIRST)
-            b = moved_moment(fresh[k], part_sum[w], other, part, joined, COEFFICIENTS, FIRST)
+            scale, other = (
+                rescale(m[WEIGHTS[k]], joined[WEIGHTS[k]]),
+                rescale(part[WEIGHTS[k]], joined[WEIGHTS[k]]),
+            )
+            a = moved_moment(moment[k], s[WEIGHTS[k]], scale, m, joined, COEFFICIENTS, k * STREAMS)
+            b = moved_moment(
+                fresh[k], part_sum[WEIGHTS[k]], other, part, joined, COEFFICIENTS, k * STREAMS
+            )
             joined_moments = joined_moments + (a + b,)
         if len(total) > 0:
             whole = (whole[0] + load_fields(field, step, row, inside, 1)[0],)
