@@ -72,9 +72,10 @@ def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_hands_its_options_on(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, *SIZES, "--plan", "late:torch_blocked", "--workspace", "64")
     assert out.startswith("late on torch_blocked") and "of 64.0 MiB allowed" in out
-    trained = run(capsys, *SIZES)[1].splitlines()[-1]
-    frozen = run(capsys, *SIZES, "--frozen-weight")[1].splitlines()[-1]
+    trained = run(capsys, *SIZES)[1].splitlines()[-2]
+    frozen = run(capsys, *SIZES, "--frozen-weight")[1].splitlines()[-2]
     assert "work" in trained and trained != frozen
+    assert "predicted for h200" in run(capsys, *SIZES, "--device", "h200")[1]
     both = run(capsys, *SIZES, "--frozen-weight", "--frozen-hidden")[1].splitlines()[-1]
     assert both not in (trained, frozen)
     assert run(capsys, *SIZES, "--dtype", "bfloat16")[1] != run(capsys, *SIZES)[1]

@@ -10,6 +10,7 @@ import torch
 
 import pad_kernels as pk
 from pad_kernels.engine import planner
+from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Shape
 from pad_kernels.engine.planner import CPU_BUDGET, WHOLE_ROWS, default_budget, make_plan
 
@@ -207,6 +208,23 @@ def test_a_gpu_is_planned_without_one(dtype: torch.dtype) -> None:
     plan = make_plan(dataclasses.replace(given, backend="torch_blocked"), pk.PlanRequest())
     assert plan.workspace_bytes <= default_budget(80 * GIB) <= 80 * GIB // 8
     assert default_budget(80 * GIB) > 4 * CPU_BUDGET
+
+
+@pytest.mark.parametrize("device", sorted(DEVICES))
+def test_explain_plans_for_a_device_that_is_not_here(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden, weight = (
+        torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for rows in (2048, 128256)
+    )
+    plan = pk.explain(hidden, weight, device=device)
+    floor = plan.flops / DEVICES[device].rate(torch.bfloat16)
+    assert floor < plan.seconds < (2 if device != "cpu" else 4) * floor
+    assert plan.workspace_bytes <= default_budget(DEVICES[device].memory)
+    assert f"predicted for {device}" in capsys.readouterr().out
+    if device != "cpu":
+        assert plan.backend == "triton"
 
 
 # --- the request ---

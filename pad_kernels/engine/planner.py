@@ -29,6 +29,9 @@ TORCH_TILE = 1 << 18
 TORCH_TEMPORARIES = 16
 #: Above this many rows a block never holds all of them.
 WHOLE_ROWS = 512
+#: So many token blocks add up in a half-precision weight gradient without an accumulator: rounded
+#: after each of four, it is off by 1.6 times one rounding, and any product is off by one.
+HALF_BLOCKS = 4
 
 
 def default_budget(device_bytes: int) -> int:
@@ -193,10 +196,9 @@ class _Candidates:
         shape, cols = self.shape, self._copy_cols()
         for rows in self._token_ladder():
             blocks = -(-shape.tokens // rows)
-            # Up to two blocks add up in a half-precision gradient as exactly as anything can: a
-            # CPU's half-precision product is rounded once anyway.
             half = shape.weight == torch.float16 or (
-                shape.weight == torch.bfloat16 and (blocks > 2 or shape.gemm != torch.bfloat16)
+                shape.weight == torch.bfloat16
+                and (blocks > HALF_BLOCKS or shape.gemm != torch.bfloat16)
             )
             accumulator = shape.needs[1] and half
             need = self._tokens_bytes(rows, cols) + self._early_extra(rows, cols, accumulator)
@@ -246,7 +248,11 @@ class _Candidates:
         if any(shape.needs) and over == "vocabulary":
             flops += 2 * shape.unit * (shape.tokens - kept) // max(shape.tokens, 1)
         device = DEVICES[shape.device]
-        traffic, blocks = self._traffic(over, rows, cols, kept, accumulator)
+        blocks = self._blocks(over, rows, cols)
+        if device.type == "cpu":
+            traffic = self._packed_traffic(over, rows, cols, kept, accumulator)
+        else:
+            traffic = self._row_traffic(over, rows, kept, accumulator)
         seconds = flops / device.rate(shape.gemm) + traffic / device.bandwidth
         seconds += blocks * device.block_seconds
         return Plan(
@@ -267,31 +273,53 @@ class _Candidates:
             reason=self._reason(schedule, over, rows, cols, kept, accumulator),
         )
 
-    def _traffic(
+    def _blocks(self, over: str, rows: int, cols: int) -> int:
+        """How many times the host starts work on a block."""
+        blocks = -(-self.shape.tokens // rows) if rows else 0
+        if over == "tokens":
+            return blocks
+        chunks = -(-self.shape.vocab // cols)
+        return blocks * (self.shape.sweeps == 2) + chunks * (1 + any(self.shape.needs))
+
+    def _accumulator_traffic(self, rows: int) -> float:
+        """Bytes to add each block's weight gradient to the accumulator."""
+        blocks = -(-self.shape.tokens // rows)
+        entry = 2 * self._acc + 2 * self._item
+        return float(blocks * self.shape.vocab * self.shape.hidden[0] * entry)
+
+    def _packed_traffic(
         self, over: str, rows: int, cols: int, kept: int, accumulator: bool
-    ) -> tuple[float, int]:
-        """Bytes moved besides the products' own arithmetic, and the number of blocks."""
+    ) -> float:
+        """Bytes moved besides a CPU's arithmetic: a product packs its operands at every call."""
         shape, item = self.shape, self._item
         gradient = any(shape.needs)
         weight = shape.vocab * sum(shape.hidden) * item
+        logits = self._logits_bytes(shape.tokens, shape.vocab)
         blocks = -(-shape.tokens // rows) if rows else 0
-        traffic = 0.0
         if over == "tokens":
             # Packing reads and writes W in both products with it; dW is read and written.
-            traffic += blocks * weight * (2 + 2 * shape.needs[0] + 2 * shape.needs[1])
-            if accumulator:
-                traffic += blocks * shape.vocab * shape.hidden[0] * (2 * self._acc + 2 * item)
-            return traffic + 4 * self._logits_bytes(shape.tokens, shape.vocab), blocks
+            traffic = blocks * weight * (2 + 2 * shape.needs[0] + 2 * shape.needs[1]) + 4 * logits
+            return traffic + (self._accumulator_traffic(rows) if accumulator else 0.0)
         chunks = -(-shape.vocab // cols)
         hidden = shape.tokens * sum(shape.hidden) * item
         passes = 1 + (2 + 2 * shape.needs[0] if gradient else 0)
-        traffic += chunks * hidden * passes + (2 if gradient else 1) * 2 * weight
-        traffic += (6 if gradient else 2) * self._logits_bytes(shape.tokens, shape.vocab)
+        traffic = chunks * hidden * passes + (2 if gradient else 1) * 2 * weight
+        traffic += (6 if gradient else 2) * logits
         if shape.sweeps == 2:
-            traffic += blocks * 2 * weight
-        elif kept:
-            traffic += -(-kept // max(rows, 1)) * 2 * weight
-        return traffic, blocks * (shape.sweeps == 2) + chunks * (1 + gradient)
+            return traffic + blocks * 2 * weight
+        return traffic + (-(-kept // max(rows, 1)) * 2 * weight if kept else 0)
+
+    def _row_traffic(self, over: str, rows: int, kept: int, accumulator: bool) -> float:
+        """Bytes moved besides a GPU's products, which overlap their own: the row passes'."""
+        shape = self.shape
+        logits = self._logits_bytes(shape.tokens, shape.vocab)
+        # Statistics read every stream, in each sweep; where no logits are stored, none.
+        fused = shape.backend == "triton" and over == "vocabulary" and shape.sweeps == 1
+        share = kept / max(shape.tokens, 1) if fused else 1.0
+        traffic = share * shape.sweeps * logits
+        if any(shape.needs):
+            traffic += logits + logits // shape.streams  # the gradient is written where it was read
+        return traffic + (self._accumulator_traffic(rows) if accumulator else 0.0)
 
     def _reason(
         self, schedule: str, over: str, rows: int, cols: int, kept: int, accumulator: bool
