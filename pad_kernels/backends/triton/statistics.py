@@ -256,7 +256,7 @@ def load_fields(field, step, row, inside, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "splits", "offset"])
 def merge_statistics(
-    partial,  # (fields, splits, rows) float64: maxima, sums and moments, [total], [tail's maximum, sum],
+    partial,  # (fields, splits, rows) float64: maxima, sums, moments, [total], [tail],
     # [the largest entry]
     best,  # (splits, rows) int32, or None
     maxima,  # of each stream (rows,) float64, and likewise those that follow
