@@ -10,6 +10,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import oracles
 import pytest
 import test_divergence as divergences
 import test_functionals as functionals
@@ -59,12 +60,11 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("functional", functionals.EXAMPLES, ids=str)
 def test_every_functional(functional: Any) -> None:
-    """Each dtype and each schedule in turn; every pair of them over the functionals."""
+    """The schedules and dtypes take turns over the functionals; the mixtures see all schedules."""
     turn = functionals.EXAMPLES.index(functional)
-    for i, (name, plan) in enumerate(PLANS.items()):
-        dtype = DTYPES[(turn + i) % 3]
-        check = functionals.check_total if name == "early" else functionals.check_tokens
-        check((functional,), dtype, plan)
+    name = [*PLANS][turn % 3]
+    check = functionals.check_total if name == "early" else functionals.check_tokens
+    check((functional,), DTYPES[turn // 3 % 3], PLANS[name])
 
 
 @pytest.mark.parametrize("mixture", [m for m in functionals.MIXTURES if m != "everything"])
@@ -101,16 +101,28 @@ def test_argmax_is_the_first_of_equals() -> None:
 
 
 @pytest.mark.parametrize("kind", divergences.KINDS)
-def test_divergences(kind: str) -> None:
-    divergences.test_tiny_divergences_are_right_to_a_tenth(kind, "triton", 1.0)
+def test_minus_infinity(kind: str) -> None:
     divergences.test_minus_infinity(kind, "triton", "none")
 
 
-def test_equal_models() -> None:
-    for functional, dtype in itertools.product(functionals.ALIKE, DTYPES[:2]):
-        functionals.test_a_student_that_is_its_teacher_has_no_divergence(
-            functional, dtype, "triton"
-        )
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_tiny_divergences(kind: str) -> None:
+    """True values near 1e-6 of a large vocabulary, which float32 sums would lose."""
+    hidden = torch.randn(3, 32).bfloat16().float()
+    weight = (torch.randn(32000, 32) / 32**0.5).bfloat16().float()
+    student, teacher = pk.Head(hidden, weight, torch.randn(32000) * 1.5e-3), pk.Head(hidden, weight)
+    z = [divergences.logits(x) for x in (student, teacher)]
+    exact = oracles.between(kind, 0.5, *z)
+    assert 1e-8 < float(exact.median()) < 5e-6
+    found = pk.linear_divergence(student, teacher, kind=kind, reduction="none", plan="late:triton")
+    assert float((found.double() - exact).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("functional", [functionals.ALIKE[0], functionals.ALIKE[2]], ids=str)
+def test_equal_models(functional: Any) -> None:
+    functionals.test_a_student_that_is_its_teacher_has_no_divergence(
+        functional, torch.bfloat16, "triton"
+    )
 
 
 @every_dtype
@@ -122,14 +134,15 @@ def test_offline_teachers(dtype: torch.dtype) -> None:
     logprobs = torch.randn(9, 507).log_softmax(1)[:, :11].clone()
     for tail, kind in itertools.product(("bucket", "renormalize"), ("forward_kl", "jsd")):
         found = {}
-        for plan in ("late:triton", "late:reference"):
+        for plan in ("late:triton", "late:reference", "late:torch_blocked"):
             s = divergences.trainable(student)
             teacher = pk.TopKTeacher(ids, logprobs, tail)
             value = pk.linear_divergence(s, teacher, kind=kind, reduction="none", plan=plan)
             found[plan] = [value.detach(), *divergences.gradients(value.sum(), s)]
         eps = torch.finfo(dtype).eps
-        for ours, exact in zip(*found.values(), strict=True):
-            assert float((ours - exact).norm()) <= 3 * eps * float(exact.norm())
+        for ours, exact, careful in zip(*found.values(), strict=True):
+            floor = max(eps * float(exact.norm()), float((careful - exact).norm()))
+            assert float((ours - exact).norm()) <= 3 * floor
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:
@@ -220,10 +233,12 @@ def measured(
     return stats
 
 
-def close(ours: RowStats, exact: RowStats, rtol: float) -> None:
+def close(ours: RowStats, exact: RowStats, rtol: float, cols: int) -> None:
     for statistic in STATISTICS:
         a, b = ours[statistic], exact[statistic]
         atol = rtol * float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0
+        if statistic == Total():  # of terms of about 3, which cancel
+            atol += 3e-7 * cols
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=f"{statistic}: {a} for {b}")
 
 
@@ -240,7 +255,7 @@ def test_statistics_of_chunks(name: str, shape: tuple[int, int], dtype: torch.dt
         logits[0][-1, ::7] = -torch.inf
     exact = measured("torch_blocked", problem, logits, inputs, [0, cols])
     for cuts in ([0, cols], sorted({0, min(97, cols), min(250, cols), cols})):
-        close(measured("triton", problem, logits, inputs, cuts), exact, 3e-6)
+        close(measured("triton", problem, logits, inputs, cuts), exact, 3e-6, shape[1])
 
 
 def test_rows_without_any_entry() -> None:
@@ -249,7 +264,7 @@ def test_rows_without_any_entry() -> None:
         z[1] = -torch.inf
     stats = measured("triton", problem, logits, inputs, [0, 100, 507])
     exact = measured("torch_blocked", problem, logits, inputs, [0, 507])
-    close(stats, exact, 3e-6)
+    close(stats, exact, 3e-6, 507)
 
 
 def test_a_nan_reaches_its_row_and_no_other() -> None:
@@ -272,7 +287,7 @@ def test_two_runs_have_the_same_bits() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_a_labels_logit_has_the_bits_of_its_normaliser(name: str, dtype: torch.dtype) -> None:
     """One entry a row: the maximum is its logit."""
-    problem, logits, inputs = block(64, 1, dtype, HEADS[name], biased=True)
+    problem, logits, inputs = block(12, 1, dtype, HEADS[name], biased=True)
     stats = measured("triton", problem, logits, inputs, [0, 1])
     raw = logits[0].float() + problem.streams[0].bias
     found = get_backend("triton").transform(HEADS[name], raw)

@@ -1,4 +1,4 @@
-"""The Triton row passes where there is no GPU: run by the interpreter, refused by name without it."""
+"""The Triton row passes without a GPU: run by the interpreter, refused by name without it."""
 
 from __future__ import annotations
 
