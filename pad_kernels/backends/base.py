@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pad_kernels._checks import fail_value
 from pad_kernels.backends.registry import native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
 from pad_kernels.heads import HeadOptions
@@ -57,6 +58,27 @@ class Backend(Protocol):
 
         ``out`` may be the student's logits. With a filter ``bound`` > 0 the largest magnitudes of
         each column tile are returned.
+        """
+        ...
+
+
+@runtime_checkable
+class FusedStatistics(Protocol):
+    """What a backend may offer besides: statistics without a block of logits in memory."""
+
+    def measure_products(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        workspace: Workspace,
+        most: int,
+    ) -> bool:
+        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H].
+
+        Uses at most ``most`` bytes of workspace. False, and nothing done, where the backend would
+        rather be given logits.
         """
         ...
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import Backend, get_backend
+from pad_kernels.backends.base import Backend, FusedStatistics, get_backend
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Part, Problem
@@ -99,6 +99,22 @@ class Pass:
         if rest:
             self.backend.measure(self.problem, stats, rest, logits, offset)
 
+    def measure_fused(
+        self, part: Part, stats: RowStats, hidden: dict[int, Tensor], entries: int
+    ) -> bool:
+        """Fill one-sweep statistics without a block of logits, if the backend offers to.
+
+        It may use as much workspace as ``entries`` logits of every stream would have taken.
+        """
+        backend, recipe = self.backend, self.problem.recipe
+        if not isinstance(backend, FusedStatistics) or any(c is not None for c in self.copies):
+            return False
+        wanted = list(recipe.measured(part.functionals))
+        most = len(hidden) * entries * recipe.gemm.itemsize
+        return backend.measure_products(
+            self.problem, stats, wanted, hidden, self.workspace, most
+        )
+
     def _picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""
         student = self.problem.streams[0]
@@ -170,8 +186,10 @@ def _over_vocabulary(
     if start == stop:
         return
     hidden = run.hidden(part, start, stop, room)
-    flat = run.logit_room(most, cols)
     rows = stats.rows(start, stop)
+    if run.measure_fused(part, rows, hidden, (stop - start) * cols):
+        return
+    flat = run.logit_room(most, cols)
     for a, b in blocks(run.problem.recipe.vocab, cols):
         logits = {
             j: flat[j][: (stop - start) * (b - a)].view(stop - start, b - a) for j in part.streams

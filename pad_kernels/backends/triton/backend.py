@@ -9,10 +9,12 @@ from torch import Tensor
 
 from pad_kernels.backends.base import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
+from pad_kernels.backends.triton.fused import plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
@@ -84,6 +86,20 @@ class TritonBackend:
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
             _run(logits[0], *block.statistics(first))
+
+    def measure_products(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        workspace: Workspace,
+        most: int,
+    ) -> bool:
+        launches = plan_statistics(problem, stats, wanted, hidden, workspace, most)
+        if launches is not None:
+            _run(hidden[0], *launches)
+        return launches is not None
 
     def gradient(
         self,

@@ -1,8 +1,8 @@
-"""Launching the fused kernels: what a recipe measures, block sizes, arguments and grids."""
+"""Launches of the fused kernels: what they can measure, their arguments and grids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
-from pad_kernels.backends.triton.math import CAPPED, IDENTITY, LINEAR
-from pad_kernels.engine.problem import Stream
+from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.math import IDENTITY
+from pad_kernels.backends.triton.tilings import (
+    MERGE_ROWS,
+    MOST_STREAMS,
+    Tiling,
+    choose_splits,
+    statistics_tiling,
+)
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
@@ -24,33 +33,15 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-
-@dataclass(frozen=True)
-class Tiling:
-    """Block sizes of a kernel that multiplies, with its reason.
-
-    Args:
-        rows: token rows of a tile.
-        cols: vocabulary entries of a tile.
-        depth: hidden features of one step of the product.
-        warps: of 32 threads.
-        stages: steps whose tiles are in shared memory at a time.
-        group: token tiles side by side, see :func:`tiles.place`.
-        reason: why these.
-    """
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-    group: int
-    reason: str
+#: Ids a row whose logits are picked on the way. Each costs a look at every tile: more of them are
+#: cheaper to gather from a block of logits.
+MOST_PICKED = 32
+_KNOWN = (Normalizer, Moment, Total, Argmax, Picked)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Which statistics a launch measures, of streams by their place among those of the part.
+    """Which statistics a launch measures.
 
     Args:
         streams: the streams' numbers in the recipe.
@@ -67,16 +58,19 @@ class Measured:
     picked: Picked | None
 
     @staticmethod
-    def of(streams: tuple[int, ...], wanted: Sequence[Statistic]) -> Measured | None:
-        """What to measure; None if some statistic is not among those that stay on the chip."""
+    def of(
+        streams: Sequence[int], wanted: Sequence[Statistic], inputs: Mapping[str, Tensor]
+    ) -> Measured | None:
+        """What to measure; None if not all of it can stay on the chip."""
         picked = [s for s in wanted if isinstance(s, Picked)]
-        known = (Normalizer, Moment, Total, Argmax, Picked)
-        if len(picked) > 1 or not all(isinstance(s, known) for s in wanted):
+        known = all(isinstance(s, _KNOWN) for s in wanted)
+        if not known or len(picked) > 1 or len(streams) > MOST_STREAMS:
+            return None
+        if picked and inputs[picked[0].ids].shape[1] > MOST_PICKED:
             return None
         moments = tuple(s for s in wanted if isinstance(s, Moment))
-        return Measured(
-            streams, moments, Total() in wanted, Argmax() in wanted, picked[0] if picked else None
-        )
+        total, argmax = Total() in wanted, Argmax() in wanted
+        return Measured(tuple(streams), moments, total, argmax, picked[0] if picked else None)
 
     @property
     def slots(self) -> list[tuple[Statistic, int]]:
@@ -92,37 +86,18 @@ class Measured:
     @property
     def constants(self) -> dict[str, Any]:
         """The constants that both kernels share."""
-        coefficients = [
-            moment.coefficients[j] if j < len(moment.coefficients) else 0.0
-            for moment in self.moments
-            for j in self.streams
-        ]
+        padded = [(*m.coefficients, *[0.0] * (max(self.streams) + 1)) for m in self.moments]
         return {
-            "WEIGHTS": tuple(self.streams.index(moment.stream) for moment in self.moments),
-            "COEFFICIENTS": tuple(coefficients),
+            "WEIGHTS": tuple(self.streams.index(m.stream) for m in self.moments),
+            "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in self.streams),
             "TOTAL": self.total,
             "ARGMAX": self.argmax,
         }
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel with all that it takes to start it, or to compile it ahead of time."""
-
-    kernel: Any
-    grid: int
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        """Start it on the current stream."""
-        self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
-
-
-@dataclass(frozen=True)
 class Operands:
-    """The matrices and heads of some streams as kernels take them, for some rows."""
+    """The matrices and heads of some streams, for some rows, as kernels take them."""
 
     hidden: list[Tensor]  # (rows, H) for each stream
     weight: list[Tensor]  # (V, H)
@@ -130,9 +105,9 @@ class Operands:
     heads: list[HeadOptions]
 
     @staticmethod
-    def of(streams: Sequence[Stream], hidden: dict[int, Tensor]) -> Operands:
+    def of(problem: Problem, hidden: dict[int, Tensor]) -> Operands:
         """Of the streams that ``hidden`` has."""
-        used = [streams[j] for j in hidden]
+        used = [problem.streams[j] for j in hidden]
         return Operands(
             list(hidden.values()),
             [s.weight for s in used],
@@ -141,10 +116,23 @@ class Operands:
         )
 
     @property
-    def copyable(self) -> bool:
-        """Whether the copy engine takes every matrix: rows that start at multiples of 16 bytes."""
-        return all(
-            x.stride(0) * x.element_size() % 16 == 0
+    def shape(self) -> tuple[int, int]:
+        """(rows, vocabulary)."""
+        return self.hidden[0].shape[0], self.weight[0].shape[0]
+
+    @property
+    def readable(self) -> bool:
+        """Whether kernels can read every matrix 16 bytes at a time, in half precision.
+
+        Triton knows of a size or stride whether 16 divides it, and the copy engine wants rows that
+        start at multiples of 16 bytes.
+        """
+        dtype = self.hidden[0].dtype
+        return dtype in (torch.bfloat16, torch.float16) and all(
+            x.dtype == dtype
+            and x.stride(1) == 1
+            and x.shape[1] % 16 == 0
+            and x.stride(0) % 16 == 0
             and (x.device.type == "meta" or x.data_ptr() % 16 == 0)
             for x in (*self.hidden, *self.weight)
         )
@@ -152,31 +140,27 @@ class Operands:
     def arguments(self, tiling: Tiling, *, tma: bool) -> dict[str, Any]:
         """Arguments that the kernels share."""
         found: dict[str, Any] = {}
-        for j in range(3):
-            pair = (None, None)
-            if j < len(self.hidden):
-                pair = self.hidden[j], self.weight[j]
-                if tma:
-                    sizes = (tiling.rows, tiling.cols)
-                    pair = tuple(
-                        TensorDescriptor(x, list(x.shape), list(x.stride()), [size, tiling.depth])
-                        for x, size in zip(pair, sizes, strict=True)
-                    )
-            found[f"hidden{j}"], found[f"weight{j}"] = pair
+        for name, matrices, size in (
+            ("hidden", self.hidden, tiling.rows),
+            ("weight", self.weight, tiling.cols),
+        ):
+            for j in range(MOST_STREAMS):
+                x = matrices[j] if j < len(matrices) else None
+                if x is not None and tma:
+                    box = [size, tiling.depth]
+                    x = TensorDescriptor(x, list(x.shape), list(x.stride()), box)
+                found[f"{name}{j}"] = x
         pairs = zip(self.hidden, self.weight, strict=True)
         found["biases"] = self.biases
         found["shapes"] = tuple((h.shape[1], h.stride(0), w.stride(0)) for h, w in pairs)
-        found["heads"] = tuple(
-            (float(h.logit_scale), float(h.softcap or 1.0), float(h.temperature))
-            for h in self.heads
-        )
-        found["rows"], found["vocab"] = self.hidden[0].shape[0], self.weight[0].shape[0]
+        found["heads"] = tuple(head_numbers(head) for head in self.heads)
+        found["rows"], found["vocab"] = self.shape
         return found
 
     def constants(self, tiling: Tiling, *, tma: bool) -> dict[str, Any]:
         """Constants that the kernels share."""
         return {
-            "KINDS": tuple(_kind(head) for head in self.heads),
+            "KINDS": tuple(head_kind(head) for head in self.heads),
             "BLOCK_M": tiling.rows,
             "BLOCK_N": tiling.cols,
             "BLOCK_K": tiling.depth,
@@ -185,71 +169,77 @@ class Operands:
         }
 
 
-def _kind(head: HeadOptions) -> int:
-    if head.softcap is not None:
-        return CAPPED
-    return IDENTITY if head.logit_scale == 1.0 == head.temperature else LINEAR
-
-
-def options_of(tiling: Tiling) -> dict[str, Any]:
-    """Compile options."""
-    return {"num_warps": tiling.warps, "num_stages": tiling.stages, "enable_fp_fusion": False}
-
-
-def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
-    """Into how many parts to split the vocabulary.
-
-    At least so many that one group of token tiles keeps every processor busy; among up to four
-    times that, the number that leaves the fewest idle in the last round.
-    """
-    least = -(-processors // min(group, row_tiles))
-    most = max(min(most, col_tiles), 1)
-    candidates = range(min(least, most), min(4 * least, most) + 1)
-
-    def rounds(splits: int) -> int:
-        """Column tiles that the busiest processor goes through."""
-        return -(-row_tiles * splits // processors) * -(-col_tiles // splits)
-
-    return min(candidates, key=lambda splits: (rounds(splits), splits))
-
-
 def statistics_launches(
-    measured: Measured,
-    operands: Operands,
-    tiling: Tiling,
-    stats: RowStats,
-    partial: Tensor,
-    *,
-    tma: bool,
+    measured: Measured, operands: Operands, tiling: Tiling, stats: RowStats, partial: Tensor,
+    *, tma: bool,
 ) -> tuple[Launch, Launch]:
     """The two launches that fill ``stats``; ``partial`` is [splits, slots, rows] float64."""
-    rows, vocab = operands.hidden[0].shape[0], operands.weight[0].shape[0]
-    col_tiles = -(-vocab // tiling.cols)
-    split_cols = -(-col_tiles // partial.shape[0]) * tiling.cols
+    rows, vocab = operands.shape
+    split_cols = -(-(-(-vocab // tiling.cols)) // partial.shape[0]) * tiling.cols
     splits = -(-vocab // split_cols)
     ids, picks = None, None
     if measured.picked is not None:
-        ids = stats.inputs[measured.picked.ids].contiguous()
-        target = stats[measured.picked]
+        ids, target = stats.inputs[measured.picked.ids].contiguous(), stats[measured.picked]
         picks = target, ids.shape[1], target.stride(0)
-    arguments = {
-        **operands.arguments(tiling, tma=tma),
-        "ids": ids,
-        "picks": picks,
-        "partial": partial,
-        "split_cols": split_cols,
-    }
-    constants = {**measured.constants, **operands.constants(tiling, tma=tma)}
-    grid = -(-rows // tiling.rows) * splits
-    first = Launch(fused_statistics_kernel, grid, arguments, constants, options_of(tiling))
-    targets = tuple(stats[s][i] if s in stats else None for s, i in measured.slots)
-    arguments = {"partial": partial, "targets": targets, "rows": rows, "splits": splits}
-    constants = {**measured.constants, "STREAMS": len(measured.streams), "BLOCK_M": 128}
-    second = Launch(
-        merge_splits_kernel,
-        -(-rows // 128),
-        arguments,
-        constants,
-        {"num_warps": 4, "enable_fp_fusion": False},
+    measure = Launch(
+        fused_statistics_kernel,
+        (-(-rows // tiling.rows) * splits,),
+        {
+            **operands.arguments(tiling, tma=tma),
+            **{"ids": ids, "picks": picks, "partial": partial, "split_cols": split_cols},
+        },
+        {**measured.constants, **operands.constants(tiling, tma=tma)},
+        tiling.warps,
+        tiling.stages,
     )
-    return first, second
+    targets = tuple(stats[s][i] if s in stats else None for s, i in measured.slots)
+    merge = Launch(
+        merge_splits_kernel,
+        (-(-rows // MERGE_ROWS),),
+        {"partial": partial, "targets": targets, "rows": rows, "splits": splits},
+        {**measured.constants, "STREAMS": len(measured.streams), "BLOCK_M": MERGE_ROWS},
+    )
+    return measure, merge
+
+
+def plan_statistics(
+    problem: Problem,
+    stats: RowStats,
+    wanted: Sequence[Statistic],
+    hidden: dict[int, Tensor],
+    workspace: Workspace,
+    most: int,
+) -> tuple[Launch, ...] | None:
+    """Launches that fill ``stats`` over the whole vocabulary; None if there are none that can.
+
+    Only in half precision: a float32 product without tensor cores is the library's to do. Only
+    where no gradient is wanted: its logits would be rounded to half precision, and a confident
+    token's gradient is the difference between a normaliser and a logit that were rounded alike.
+
+    Args:
+        most: bytes of workspace for partial statistics.
+    """
+    measured = Measured.of(list(hidden), wanted, stats.inputs)
+    operands = Operands.of(problem, hidden)
+    if measured is None or not operands.readable or any(problem.recipe.needs):
+        return None
+    rows, vocab = operands.shape
+    device = Device.of(problem.device)
+    plain = (
+        len(hidden) == 1
+        and not (measured.moments or measured.total or measured.argmax)
+        and head_kind(operands.heads[0]) == IDENTITY
+    )
+    tiling = statistics_tiling(device.capability, len(hidden), plain=plain)
+    splits = choose_splits(
+        -(-rows // tiling.rows),
+        -(-vocab // tiling.cols),
+        device.multiprocessors,
+        tiling.group,
+        most // (len(measured.slots) * rows * 8),
+    )
+    if splits * len(measured.slots) * rows * 8 > most:
+        return None
+    partial = workspace.empty(splits, len(measured.slots), rows, dtype=torch.float64)
+    copies = device.capability >= 90
+    return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)

@@ -143,8 +143,9 @@ def merge_splits_kernel(
     slots: tl.constexpr = len(targets)
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     state = empty_state(STREAMS, WEIGHTS, TOTAL, ARGMAX, BLOCK_M)
-    for split in range(splits):
-        fresh = _load_state(partial + split * slots * rows.to(tl.int64), rows, at, state)
+    for _ in range(splits):
+        fresh = _load_state(partial, rows, at, state)
+        partial += slots * rows
         state = merge_states(state, fresh, WEIGHTS, COEFFICIENTS, STREAMS)
     flat = state[0] + state[1] + state[2] + state[3] + state[4]
     for i in tl.static_range(len(flat)):

@@ -46,11 +46,12 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         """How it is compiled; fused multiply-adds would round a logit differently here and there."""
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def run(self) -> None:
         """Put it on the current stream of the current device."""
@@ -82,7 +83,8 @@ def head_kind(head: HeadOptions) -> int:
     return math.IDENTITY if plain else math.LINEAR
 
 
-def _numbers(head: HeadOptions) -> tuple[float, float, float]:
+def head_numbers(head: HeadOptions) -> tuple[float, float, float]:
+    """Scale, soft cap (0 for none) and temperature."""
     return (head.logit_scale, head.softcap or 0.0, head.temperature)
 
 
@@ -109,7 +111,7 @@ class Block:
             "logits": tuple(self.logits[j] for j in used),
             "strides": tuple(self.logits[j].stride(0) for j in used),
             "biases": tuple(None if b is None else b[self.offset : stop] for b in biases),
-            "heads": tuple(_numbers(self.problem.streams[j].head) for j in used),
+            "heads": tuple(head_numbers(self.problem.streams[j].head) for j in used),
             "rows": self.rows,
             "cols": self.cols,
         }
@@ -331,6 +333,6 @@ def transform(head: HeadOptions, values: Tensor) -> Launch:
     return Launch(
         gradient.transform_values,
         (max(-(-values.numel() // _VALUES), 1),),
-        {"values": values, "head": _numbers(head), "numel": values.numel()},
+        {"values": values, "head": head_numbers(head), "numel": values.numel()},
         {"KIND": head_kind(head), "BLOCK": _VALUES},
     )

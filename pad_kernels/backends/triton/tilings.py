@@ -1,0 +1,88 @@
+"""Block sizes of the kernels that multiply: data, with the reason of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of a kernel that multiplies.
+
+    Args:
+        rows: token rows of a tile.
+        cols: vocabulary entries of a tile.
+        depth: hidden features of one step of the product.
+        warps: of a program.
+        stages: steps whose tiles are under way at a time.
+        group: token tiles that run side by side, see ``tiles.place``.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 16
+
+
+# Accumulators of all streams are in registers at once and 8 warps have 64 Ki of them: a tile of
+# 128 x 256 float32 takes half, and the epilogue needs most of the rest. So the tile is halved for
+# each stream more. A group of 16 token tiles of 128 rows has 16 MiB of hidden states at
+# H = 4096 in half precision, which stay in the L2 cache (40 MiB on an A100, 50 on an H100) while
+# the weight goes by.
+_AMPERE = {
+    # Steps of 32 features, 16 KiB a stage: two programs fit into 163 KiB of shared memory.
+    1: Tiling(128, 128, 32, 8, 4),
+    2: Tiling(128, 64, 32, 8, 4),
+    3: Tiling(128, 64, 32, 8, 4),
+}
+_HOPPER = {
+    # wgmma reads both operands from shared memory: 128 entries a step keep it fed, 64 nearly do.
+    1: Tiling(128, 128, 64, 8, 4),
+    2: Tiling(128, 128, 64, 8, 4),
+    3: Tiling(128, 64, 64, 8, 4),
+}
+#: The widest instruction, with room for an exponential and nothing else.
+_HOPPER_PLAIN = Tiling(128, 256, 64, 8, 3)
+_BLACKWELL = {
+    # Accumulators are in tensor memory but come through registers whole.
+    1: Tiling(128, 128, 64, 8, 4),
+    2: Tiling(128, 64, 64, 8, 4),
+    3: Tiling(128, 64, 64, 8, 4),
+}
+
+#: Streams of one kernel.
+MOST_STREAMS = 3
+#: Rows of a program that merges vocabulary splits.
+MERGE_ROWS = 128
+
+
+def statistics_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
+    """For fused statistics; ``capability`` is 90 for sm_90.
+
+    ``plain`` is one stream without a head transform, of which only the normaliser and picked
+    logits are wanted.
+    """
+    if capability < 90:
+        return _AMPERE[streams]
+    if capability >= 100:
+        return _BLACKWELL[streams]
+    return _HOPPER_PLAIN if plain else _HOPPER[streams]
+
+
+def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
+    """Into how many parts to split the vocabulary, at most ``most``.
+
+    At least so many that one group of token tiles keeps every processor busy; among up to four
+    times that, the number that leaves the fewest idle in the last round.
+    """
+    least = -(-processors // min(group, row_tiles))
+    most = max(min(most, col_tiles), 1)
+
+    def steps(splits: int) -> int:
+        """Column tiles that the busiest processor goes through."""
+        return -(-row_tiles * splits // processors) * -(-col_tiles // splits)
+
+    candidates = range(min(least, most), min(4 * least, most) + 1)
+    return min(candidates, key=lambda splits: (steps(splits), splits))

@@ -1,0 +1,214 @@
+"""The fused Triton kernels under the interpreter; test_triton_fused.py runs this file."""
+
+import dataclasses
+
+import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
+
+# isort: split
+import pytest
+import torch
+from oracles import VALUES
+from torch import Tensor
+
+import pad_kernels as pk
+from pad_kernels.backends.triton import backend as triton_backend
+from pad_kernels.backends.triton import fused
+from pad_kernels.backends.triton.tilings import Tiling
+from pad_kernels.engine.problem import Stream
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Block,
+    Moment,
+    Normalizer,
+    Picked,
+    RowStats,
+    Statistic,
+    Total,
+    empty_stats,
+    measure,
+)
+from pad_kernels.heads import HeadOptions
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEADS = [HeadOptions(), HeadOptions(30.0, 0.5, 2.0), HeadOptions(None, 2.0, 1.5)]
+SMALL = Tiling(16, 32, 16, 4, 3, 2)
+STATISTICS: dict[int, list[Statistic]] = {
+    1: [Moment(0, (1.0,)), Total(), Argmax()],
+    2: [Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0)), Moment(0, (1.0,))],
+    3: [Moment(0, (0.0, 1.0, -1.0)), Moment(1, (-1.0, 1.0)), Total()],
+}
+#: Rows, vocabulary, hidden sizes: nothing divides; one of each; whole tiles, for the copy engine.
+SHAPES = [(21, 107, (45, 17, 33)), (1, 1, (1, 1, 1)), (1, 507, (123, 8, 8)), (32, 96, (32, 64, 16))]
+
+
+def make_streams(shape: tuple[int, int, tuple[int, ...]], count: int, dtype: torch.dtype):
+    """Streams with strided hidden states, every kind of head; one alone has logits of -inf."""
+    rows, vocab, sizes = shape
+    streams = []
+    for j, size in enumerate(sizes[:count]):
+        pad = -size % 8 + 8
+        hidden = torch.randn(rows, size + pad).to(dtype)[:, :size]
+        weight = (torch.randn(vocab, size + pad) * 3 / size**0.5).to(dtype)[:, :size]
+        bias = torch.randn(vocab)
+        if vocab > 1 and count == 1:
+            bias[torch.rand(vocab) < 0.2] = -torch.inf
+            bias[-1] = 0.0
+        head = HEADS[(j + int(torch.randint(3, ()))) % 3]
+        biased = head.softcap is None and torch.rand(()) < 0.7
+        streams.append(Stream(hidden, weight, bias if biased else None, head))
+    return streams
+
+
+def logits_of(streams: list[Stream], dtype: torch.dtype) -> dict[int, Tensor]:
+    """Dense logits; products in float32 for those less than float64, as kernels add them up."""
+    found = {}
+    for j, s in enumerate(streams):
+        raw = s.hidden.to(dtype) @ s.weight.to(dtype).t()
+        found[j] = s.head.transform(raw if s.bias is None else raw + s.bias.to(dtype))
+    return found
+
+
+def operands_of(streams: list[Stream]) -> fused.Operands:
+    return fused.Operands(
+        [s.hidden for s in streams],
+        [s.weight for s in streams],
+        tuple(s.bias for s in streams),
+        [s.head for s in streams],
+    )
+
+
+def run_statistics(
+    streams: list[Stream], wanted: list[Statistic], inputs: dict[str, Tensor], splits: int, **more
+) -> RowStats:
+    rows = streams[0].hidden.shape[0]
+    # views of wider tensors, as the rows of a part are
+    wide = {k: torch.cat((x, x)) for k, x in inputs.items()}
+    stats = empty_stats(wanted, 2 * rows, wide, torch.device("cpu")).rows(rows, 2 * rows)
+    measured = fused.Measured.of(range(len(streams)), wanted, inputs)
+    assert measured is not None
+    partial = torch.full((splits, len(measured.slots), rows), torch.nan, dtype=torch.float64)
+    operands = operands_of(streams)
+    for launch in fused.statistics_launches(measured, operands, SMALL, stats, partial, **more):
+        launch.run()
+    return stats
+
+
+def finished(stats: RowStats, statistic: Statistic, bound: bool = False) -> Tensor:
+    """A statistic as values use it: log normalisers, expectations."""
+    found = stats[statistic]
+    if isinstance(statistic, Normalizer):
+        return stats.logsumexp(statistic.stream)
+    if isinstance(statistic, Moment):
+        return found[0] / stats.total(statistic.stream)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tma", [False, True])
+def test_statistics(dtype: torch.dtype, count: int, shape, tma: bool) -> None:
+    streams = make_streams(shape, count, dtype)
+    rows, vocab, _ = shape
+    inputs = {"labels": torch.randint(vocab, (rows, 1 + count))}
+    normalizers: list[Statistic] = [Normalizer(j) for j in range(count)]
+    wanted = [*normalizers, *STATISTICS[count], Picked("labels")]
+    stats = run_statistics(streams, wanted, inputs, splits=3, tma=tma)
+    exact = measure(wanted, Block(logits_of(streams, torch.float64), 0, inputs), None)
+    dense = measure(wanted, Block(logits_of(streams, torch.float32), 0, inputs), None)
+    for statistic in wanted:
+        got, ref, like = (finished(x, statistic) for x in (stats, exact, dense))
+        if isinstance(statistic, Argmax):
+            a = logits_of(streams, torch.float32)[0]
+            near = a.gather(1, got.t()).double() >= a.amax(1, True).double() - 1e-5
+            assert near.all()
+            continue
+        fine = torch.isfinite(ref)
+        assert torch.equal(got[~fine], ref[~fine])
+        if isinstance(statistic, Total):  # as good as its terms
+            terms = logits_of(streams, torch.float64)[0].abs().nan_to_num(posinf=0).sum(1)
+            assert ((got - ref)[fine].abs() <= 2e-7 * terms.expand_as(fine)[fine]).all()
+            continue
+        scale = max(ref[fine].norm(), exact.maximum()[exact.maximum().isfinite()].norm())
+        room = max((like - ref)[fine].norm(), torch.finfo(torch.float32).eps * scale)
+        assert (got - ref)[fine].norm() <= VALUES * room, statistic
+
+
+def test_one_stream_lacks_what_another_has() -> None:
+    streams = make_streams(SHAPES[0], 2, torch.bfloat16)
+    streams = [dataclasses.replace(s, head=HeadOptions()) for s in streams]
+    streams[0].bias, streams[1].bias = torch.zeros(107), torch.zeros(107)
+    streams[0].bias[40:] = -torch.inf  # whole tiles and splits without any mass
+    moments: list[Statistic] = [Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0))]
+    wanted = [Normalizer(0), Normalizer(1), *moments]
+    stats = run_statistics(streams, wanted, {}, splits=4, tma=False)
+    exact = measure(wanted, Block(logits_of(streams, torch.float64), 0, {}), None)
+    assert (stats[moments[0]] == torch.inf).all()
+    found, expected = (x[moments[1]] / x.total() for x in (stats, exact))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    streams[0].bias[:] = -torch.inf
+    stats = run_statistics(streams, [*wanted, Argmax()], {}, splits=4, tma=False)
+    assert (stats.maximum() == -torch.inf).all()
+    assert (stats.total() == 0).all()
+    assert (stats[Argmax()] == 0).all()
+    assert (stats[moments[1]] == 0).all()
+
+
+def test_lowest_id_among_equals() -> None:
+    streams = make_streams(SHAPES[3], 1, torch.float32)
+    streams[0].hidden.zero_()
+    streams[0].head, streams[0].bias = HeadOptions(), torch.zeros(96)
+    streams[0].bias[[37, 38, 70, 95]] = 1.0
+    stats = run_statistics(streams, [Normalizer(0), Argmax()], {}, splits=3, tma=True)
+    assert (stats[Argmax()] == 37).all()
+
+
+def test_large_logits_and_nan() -> None:
+    streams = make_streams(SHAPES[0], 1, torch.float32)
+    streams[0].head, streams[0].bias = HeadOptions(), torch.randn(107) * 1e4
+    streams[0].hidden[3, 0] = torch.nan
+    stats = run_statistics(streams, [Normalizer(0), Argmax()], {}, splits=2, tma=False)
+    exact = logits_of(streams, torch.float64)[0].logsumexp(1)
+    torch.testing.assert_close(stats.logsumexp(), exact, rtol=3e-7, atol=0, equal_nan=True)
+    assert (stats[Argmax()] >= 0).all()
+    assert (stats[Argmax()] < 107).all()
+
+
+def test_same_bits_again() -> None:
+    streams = make_streams(SHAPES[0], 3, torch.bfloat16)
+    wanted: list[Statistic] = [Normalizer(0), Normalizer(1), Normalizer(2), *STATISTICS[3]]
+    runs = [run_statistics(streams, wanted, {}, splits=3, tma=True) for _ in range(2)]
+    for statistic in wanted:
+        assert torch.equal(*(run[statistic].nan_to_num() for run in runs))
+
+
+def test_engine_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*arguments):
+        asked.append(fused.plan_statistics(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(triton_backend, "plan_statistics", spy)
+    rows, vocab, size = 19, 301, 48
+    hidden, weight = torch.randn(rows, size).bfloat16(), torch.randn(vocab, size).bfloat16()
+    labels = torch.randint(vocab, (rows,))
+    labels[4] = -100
+    plan = pk.PlanRequest("late", "triton", vocab_block=128)
+    found = pk.linear_token_stats(hidden, weight, labels, softcap=20.0, plan=plan)
+    exact = torch.tanh(hidden.double() @ weight.double().t() / 20) * 20
+    live = labels != -100
+    logprob = exact.log_softmax(-1)
+    assert asked[-1] is not None
+    torch.testing.assert_close(
+        found.logprob[live].double(),
+        logprob[live].gather(1, labels[live, None])[:, 0],
+        rtol=1e-6,
+        atol=2e-6,
+    )
+    entropy = -(logprob.exp() * logprob).sum(-1)
+    torch.testing.assert_close(found.entropy[live].double(), entropy[live], rtol=1e-5, atol=1e-5)
+    # A gradient would be made from rounded logits: the block of logits is used instead.
+    hidden.requires_grad_()
+    pk.linear_logprob(hidden, weight, labels, plan=plan).sum().backward()
+    assert asked[-1] is None

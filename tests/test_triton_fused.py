@@ -1,0 +1,134 @@
+"""The fused Triton kernels: run by the interpreter, and compiled for devices that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+# isort: split
+from pad_kernels.backends.triton import fused
+from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
+from pad_kernels.backends.triton.launch import Launch
+from pad_kernels.backends.triton.tilings import choose_splits, statistics_tiling
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    Statistic,
+    Total,
+    empty_stats,
+)
+from pad_kernels.heads import HeadOptions
+
+HERE = Path(__file__).parent
+#: What computes a matrix product on the tensor cores of a generation.
+TENSOR_CORES = {80: r"HMMA[.\w]*", 90: r"HGMMA[.\w]*", 100: r"UTC[HQ]MMA[.\w]*"}
+PLAIN, CAPPED = HeadOptions(), HeadOptions(30.0, 0.9, 0.7)
+ENTROPY = Moment(0, (1.0,))
+FORWARD, REVERSE = Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0))
+ADVANTAGE = Moment(0, (0.0, 1.0, -1.0))
+#: Streams, statistics, head: what ops ask for, the lightest and the heaviest of each kind.
+ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
+    "logprob": (1, (Picked("labels"),), PLAIN),
+    "logprob_capped": (1, (Picked("labels"),), CAPPED),
+    "token_stats": (1, (Picked("labels"), ENTROPY, Total(), Argmax()), CAPPED),
+    "forward_kl": (2, (FORWARD,), PLAIN),
+    "distill": (2, (Picked("labels"), FORWARD, REVERSE, ENTROPY), CAPPED),
+    "advantage": (3, (ADVANTAGE,), PLAIN),
+    "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+}
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """In a process of its own: the interpreter is switched on before triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        [*command, str(HERE / "interpreted_fused.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+
+
+def statistics_launches(
+    name: str, capability: int, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[Launch, Launch]:
+    """The launches of an op at (N, V, H), without a device."""
+    count, wanted, head = ASKED[name]
+    rows, vocab, size = shape
+    with torch.device("meta"):
+        operands = fused.Operands(
+            [torch.empty(rows, size, dtype=dtype) for _ in range(count)],
+            [torch.empty(vocab, size, dtype=dtype) for _ in range(count)],
+            tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
+            [head] * count,
+        )
+        inputs = {"labels": torch.empty(rows, 1, dtype=torch.int64)}
+        normalizers = [Normalizer(j) for j in range(count)]
+        stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
+        measured = fused.Measured.of(range(count), wanted, inputs)
+        assert measured is not None
+        partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
+    tiling = statistics_tiling(capability, count, plain=name == "logprob")
+    assert operands.readable
+    tma = capability >= 90
+    return fused.statistics_launches(measured, operands, tiling, stats, partial, tma=tma)
+
+
+def compiled(launch: Launch, capability: int) -> Cubin:
+    """A kernel's machine code, which has no local memory and fits the device."""
+    cubin = compile_kernel(
+        launch.kernel, launch.arguments, launch.constants, capability=capability, **launch.options
+    )
+    assert cubin.stack == 0
+    assert cubin.local_accesses == 0
+    assert cubin.shared <= SHARED_MEMORY[capability]
+    return cubin
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ASKED)
+def test_statistics_compile(name: str, capability: int) -> None:
+    """At the shapes of a large model: tensor cores, copies that pass the registers by."""
+    launches = statistics_launches(name, capability, torch.bfloat16, (8192, 128256, 4096))
+    cubin, _ = (compiled(launch, capability) for launch in launches)
+    assert cubin.count(TENSOR_CORES[capability])
+    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_smallest_shapes_compile(capability: int) -> None:
+    """A 1 is a constant to Triton, and no tensor."""
+    for shape in ((1, 1, 16), (33, 507, 112)):
+        for launch in statistics_launches("distill", capability, torch.float16, shape):
+            compiled(launch, capability)
+
+
+def test_what_kernels_cannot_read() -> None:
+    """Rows that cannot be read 16 bytes at a time are the library's product to read."""
+    hidden = torch.empty(33, 128, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(507, 128, dtype=torch.bfloat16, device="meta")
+    good = fused.Operands([hidden], [weight], (None,), [PLAIN])
+    assert good.readable
+    for other in (weight[:, 1:], weight[:, :123], torch.empty_like(weight.t()).t()):
+        assert not fused.Operands([hidden[:, : other.shape[1]]], [other], (None,), [PLAIN]).readable
+    assert not fused.Operands([hidden.float()], [weight.float()], (None,), [PLAIN]).readable
+
+
+def test_splits_fill_the_device() -> None:
+    for row_tiles in (1, 3, 17, 64, 1000):
+        for col_tiles in (1, 5, 501, 2004):
+            splits = choose_splits(row_tiles, col_tiles, 132, 16, 10**6)
+            assert 1 <= splits <= col_tiles
+            busy = row_tiles * splits
+            steps = -(-busy // 132) * -(-col_tiles // splits)
+            if row_tiles * col_tiles >= 20 * 132:
+                assert row_tiles * col_tiles >= 0.85 * 132 * steps, (row_tiles, col_tiles, splits)
+    assert choose_splits(64, 501, 132, 16, 3) == 3
+    assert choose_splits(64, 501, 132, 16, 0) == 1
