@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 from types import ModuleType
 
@@ -43,13 +44,22 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _version(*names: str) -> str:
+    """Of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "0.0"
+
+
 @functools.cache
 def triton_error() -> str:
     """Why there are no Triton kernels on this machine; empty when there are. Imports nothing."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    version = _version("triton", "pytorch-triton")
     numbers = tuple(int(part) for part in version.split(".")[:2])
     if numbers < TRITON_LEAST:
         return f"triton {version} is too old: {'.'.join(map(str, TRITON_LEAST))} or later is needed"

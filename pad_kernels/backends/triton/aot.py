@@ -87,6 +87,8 @@ def compile_kernel(
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], known[(i,)] = "constexpr", constants[name]
+        elif kernel.params[i].do_not_specialize:
+            signature[name] = _type_of(arguments[name], (i,), {}, {}, plain=True)
         else:
             signature[name] = _type_of(arguments[name], (i,), known, attributes)
     source = ASTSource(kernel, signature, known, attributes)
@@ -96,12 +98,17 @@ def compile_kernel(
 
 
 def _type_of(
-    value: Any, path: _Path, known: dict[_Path, Any], attributes: dict[_Path, list[list[Any]]]
+    value: Any,
+    path: _Path,
+    known: dict[_Path, Any],
+    attributes: dict[_Path, list[list[Any]]],
+    *,
+    plain: bool = False,
 ) -> Any:
-    """The type of a run-time argument; notes what a launch would specialise on."""
+    """The type of a run-time argument; notes what a launch would specialise on, unless plain."""
     if isinstance(value, tuple):
         return tuple(_type_of(x, (*path, i), known, attributes) for i, x in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (isinstance(value, int) and value == 1 and not plain):
         known[path] = value
         return "constexpr"
     if isinstance(value, TensorDescriptor):

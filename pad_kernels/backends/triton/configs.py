@@ -44,6 +44,8 @@ OUTCOMES = RowConfig(4, 1)
 
 #: Programs for each multiprocessor: several waves of what fits, so that the last one is small.
 PROGRAMS = 32
+#: Programs of a grid's second axis, at most.
+MOST_SPLITS = 65535
 #: Rows of a program that merges parts of rows.
 MERGE_ROWS = 128
 
@@ -58,8 +60,8 @@ def gradient_config(streams: int, curved: bool) -> RowConfig:
     return OUTCOMES if curved else GRADIENT[streams]
 
 
-def split_width(rows: int, cols: int, tile: int, multiprocessors: int) -> int:
-    """Columns of a program: whole rows where there are many, else tiles that fill the device."""
+def tiles_of_split(rows: int, cols: int, tile: int, multiprocessors: int) -> int:
+    """Tiles of a program: whole rows where there are many, else what fills the device."""
     tiles = max(-(-cols // tile), 1)
-    splits = min(max(multiprocessors * PROGRAMS // max(rows, 1), 1), tiles)
-    return -(-tiles // splits) * tile
+    splits = min(max(multiprocessors * PROGRAMS // max(rows, 1), 1), tiles, MOST_SPLITS)
+    return -(-tiles // splits)

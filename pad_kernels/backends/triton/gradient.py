@@ -13,7 +13,7 @@ from pad_kernels.backends.triton.math import (
     log1p_of,
     weighted,
 )
-from pad_kernels.backends.triton.statistics import first_at_least, load_raw, next_id
+from pad_kernels.backends.triton.statistics import first_at_least, load_raw, next_column
 
 #: Divergences of two sweeps, by their place here.
 DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
@@ -50,7 +50,7 @@ def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, alpha, KIND: tl.constexpr)
     of_teacher = tl.where(leads, 0.0, ratio) - below  # log t/m
     if KIND == 0:
         slope = (1.0 - alpha) * weighted(s, of_student)
-        return alpha * weighted(t, of_teacher) + slope, slope, s
+        return tl.fma(weighted(t, of_teacher), alpha, slope), slope, s
     gap = tl.where(leads, larger * less, -larger * less)  # s - t
     share = tl.where(leads, part, 1.0) / (1.0 + y)  # s / m
     if KIND == 1:
@@ -69,7 +69,7 @@ def row_numbers(coefficients, rows, row, FIELDS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["rows", "width"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def row_outcomes(
     logits,  # of student and teacher a (rows, cols) pointer, rows `strides` apart
     strides,
@@ -80,7 +80,7 @@ def row_outcomes(
     partial,  # (2, splits, rows) float32: sums of value and slope
     rows,
     cols,
-    width,
+    tiles,
     KINDS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -88,8 +88,8 @@ def row_outcomes(
 ):
     """Sums over a part of a row of a divergence's values and slopes."""
     row = tl.program_id(0)
-    begin = tl.program_id(1) * width
-    end = tl.minimum(begin + width, cols)
+    begin = tl.program_id(1) * tiles * (DEPTH * LANES)
+    end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
     lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     value = tl.zeros([LANES], tl.float32)
     slope = tl.zeros([LANES], tl.float32)
@@ -111,7 +111,7 @@ def row_outcomes(
     tl.store(field + tl.num_programs(1) * rows, tl.sum(slope, 0))
 
 
-@triton.jit(do_not_specialize=["rows", "width", "offset", "count", "outside_count"])
+@triton.jit(do_not_specialize=["rows", "tiles", "offset", "count", "outside_count"])
 def row_gradient(
     logits,  # of each stream that is read a (rows, cols) pointer, rows `strides` apart
     strides,
@@ -128,7 +128,7 @@ def row_gradient(
     peaks,  # (tiles,) int32: bits of the largest magnitudes, or None
     rows,
     cols,
-    width,
+    tiles,
     offset,
     KINDS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -146,19 +146,19 @@ def row_gradient(
 ):
     """The derivative by the first stream's raw logits, chain factor of its head included."""
     row = tl.program_id(0)
-    begin = tl.program_id(1) * width
-    end = tl.minimum(begin + width, cols)
+    begin = tl.program_id(1) * tiles * (DEPTH * LANES)
+    end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
     lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     c = row_numbers(coefficients, rows, row, FIELDS)
     if sparse is not None:
         listed = sparse[0] + row.to(tl.int64) * count
         values = sparse[1] + row.to(tl.int64) * count
         cursor = first_at_least(listed, count, begin + offset)
-        upcoming = next_id(listed, cursor, count)
+        upcoming = next_column(listed, cursor, count, offset)
     if outside is not None:
         left_out = outside + row.to(tl.int64) * outside_count
         out_cursor = first_at_least(left_out, outside_count, begin + offset)
-        out_upcoming = next_id(left_out, out_cursor, outside_count)
+        out_upcoming = next_column(left_out, out_cursor, outside_count, offset)
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
@@ -174,19 +174,19 @@ def row_gradient(
         if outside is not None:
             shift = c[OUTSIDE[0]]
             share = tl.exp(x[0] - shift) * c[OUTSIDE[1]]
-            while out_upcoming < start + offset + DEPTH * LANES:
-                share = tl.where(columns + offset == out_upcoming, 0.0, share)
+            while out_upcoming < start + DEPTH * LANES:
+                share = tl.where(columns == out_upcoming, 0.0, share)
                 out_cursor += 1
-                out_upcoming = next_id(left_out, out_cursor, outside_count)
+                out_upcoming = next_column(left_out, out_cursor, outside_count, offset)
             d += share
         if len(CURVED) > 0:
             d += curved_part(x, c, alpha, SHIFTS, INVERSES, CURVED)
         if sparse is not None:
-            while upcoming < start + offset + DEPTH * LANES:
+            while upcoming < start + DEPTH * LANES:
                 added = tl.load(values + cursor)
-                d += tl.where(columns + offset == upcoming, added, 0.0)
+                d += tl.where(columns == upcoming, added, 0.0)
                 cursor += 1
-                upcoming = next_id(listed, cursor, count)
+                upcoming = next_column(listed, cursor, count, offset)
         d *= head_slope(first_raw, heads[0], KINDS[0])
         stored = d.to(out.dtype.element_ty)
         tl.store(out + row.to(tl.int64) * out_stride + columns, stored, mask=inside)
@@ -196,8 +196,8 @@ def row_gradient(
             bits = tl.abs(stored.to(tl.float32)).to(tl.int32, bitcast=True)
             bits = tl.where(inside, bits, 0)
             most = tl.max(tl.reshape(bits, (DEPTH * LANES // FILTER, FILTER)), 1)
-            tiles = start // FILTER + tl.arange(0, DEPTH * LANES // FILTER)
-            tl.atomic_max(peaks + tiles, most, mask=tiles * FILTER < end)
+            place = start // FILTER + tl.arange(0, DEPTH * LANES // FILTER)
+            tl.atomic_max(peaks + place, most, mask=place * FILTER < end)
 
 
 @triton.jit

@@ -32,8 +32,6 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-#: Programs of a grid's second axis, at most.
-_MOST_SPLITS = 65535
 _VALUES = 1024
 
 
@@ -120,13 +118,12 @@ class Block:
         return tuple(head_kind(self.problem.streams[j].head) for j in used)
 
     def _split(self, config: configs.RowConfig) -> tuple[int, int, dict[str, int]]:
-        """Columns of a program, programs of a row, and the tile's constants."""
+        """Tiles of a program, programs of a row, and the tile's constants."""
         itemsize = self.logits[0].element_size()
         tile = config.tile(itemsize)
-        width = configs.split_width(self.rows, self.cols, tile, self.device.multiprocessors)
-        width = max(width, -(-self.cols // (_MOST_SPLITS * tile)) * tile)
-        tiles = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
-        return width, -(-self.cols // width), tiles
+        tiles = configs.tiles_of_split(self.rows, self.cols, tile, self.device.multiprocessors)
+        shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
+        return tiles, -(-self.cols // (tiles * tile)), shape
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.logits[0].device)
@@ -151,7 +148,7 @@ class Block:
         greedy = next((self.stats[s][0] for s in wanted if isinstance(s, Argmax)), None)
         tail = tuple(x for s in tails for x in self.stats[s].unbind())
         config = configs.statistics_config(self.device.capability, len(used))
-        width, splits, tiles = self._split(config)
+        tiles, splits, shape = self._split(config)
         fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
         normalizers = [self._normalizer(j) for j in used]
         ids = self.ids(tails[0].ids) if tails else None
@@ -174,9 +171,9 @@ class Block:
                 **parts,
                 "ids": ids,
                 "count": 0 if ids is None else ids.shape[1],
-                "width": width,
+                "tiles": tiles,
             },
-            {**constants, **tiles, "KINDS": self._kinds(used), "TOTAL": bool(total)},
+            {**constants, **shape, "KINDS": self._kinds(used), "TOTAL": bool(total)},
             config.warps,
         )
         merge = Launch(
@@ -199,7 +196,7 @@ class Block:
     def outcomes(self, statistic: Outcomes) -> tuple[Launch, Tensor]:
         """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
         used = [0, statistic.teacher]
-        width, splits, tiles = self._split(configs.OUTCOMES)
+        tiles, splits, shape = self._split(configs.OUTCOMES)
         columns = _Columns()
         shifts, inverses = columns.streams(self.stats, used)
         assert (shifts, inverses) == ((0, 1), (2, 3))
@@ -213,10 +210,10 @@ class Block:
                 "coefficients": columns.packed(),
                 "alpha": statistic.alpha,
                 "partial": partial,
-                "width": width,
+                "tiles": tiles,
             },
             {
-                **tiles,
+                **shape,
                 "KINDS": self._kinds(used),
                 "DIVERGENCE": gradient.DIVERGENCES.index(statistic.kind),
             },
@@ -232,12 +229,12 @@ class Block:
         columns = _Columns()
         shifts, inverses = columns.streams(self.stats, used)
         config = configs.gradient_config(len(used), bool(curved))
-        width, splits, tiles = self._split(config)
+        tiles, splits, shape = self._split(config)
         sparse = terms.sorted_sparse()
         outside = next(iter(terms.outside), None)
         left_out = None if outside is None else self.ids(outside)
         constants = {
-            **tiles,
+            **shape,
             "KINDS": self._kinds(used),
             "SHIFTS": shifts,
             "INVERSES": inverses,
@@ -260,7 +257,7 @@ class Block:
             "outside_count": 0 if left_out is None else left_out.shape[1],
             "alpha": next((f.alpha for f, _ in curved), 0.0),
             "peaks": peaks,
-            "width": width,
+            "tiles": tiles,
             "offset": self.offset,
         }
         constants["FIELDS"] = columns.count

@@ -34,9 +34,9 @@ def load_raw(logits, bias, place, columns, inside):
 
 
 @triton.jit
-def next_id(ids, cursor, count):
-    """The id at the cursor of an ascending list, or NOWHERE behind its end."""
-    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE)
+def next_column(ids, cursor, count, offset):
+    """The column of the id at the cursor of an ascending list; far right behind its end."""
+    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def store_normalizer(field, step, maximum, total):
     return joined
 
 
-@triton.jit(do_not_specialize=["count", "rows", "width", "offset"])
+@triton.jit(do_not_specialize=["count", "rows", "tiles", "offset"])
 def row_statistics(
     logits,  # of each stream a (rows, cols) pointer, rows `strides` apart
     strides,
@@ -116,7 +116,7 @@ def row_statistics(
     best,  # (splits, rows) int32, the largest entry's column, or None
     rows,
     cols,
-    width,  # columns of a split, whole tiles
+    tiles,  # of a split
     offset,  # vocabulary id of the first column
     KINDS: tl.constexpr,  # of each stream IDENTITY, LINEAR or CAPPED
     WEIGHTS: tl.constexpr,  # of each moment the stream that weighs
@@ -128,8 +128,8 @@ def row_statistics(
     STREAMS: tl.constexpr = len(KINDS)
     MOMENTS: tl.constexpr = len(WEIGHTS)
     row = tl.program_id(0)
-    begin = tl.program_id(1) * width
-    end = tl.minimum(begin + width, cols)
+    begin = tl.program_id(1) * tiles * (DEPTH * LANES)
+    end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
     lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     nothing = tl.zeros([LANES], tl.float32)
     empty = tl.full([LANES], -float("inf"), tl.float32)
@@ -143,11 +143,11 @@ def row_statistics(
     if ids is not None:
         listed = ids + row.to(tl.int64) * count
         cursor = first_at_least(listed, count, begin + offset)
-        upcoming = next_id(listed, cursor, count)
+        upcoming = next_column(listed, cursor, count, offset)
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
-        tile, shares, scales, joined, sums, sums_of = (), (), (), (), (), ()
+        tile, shares, scales, joined, sums, new_moments = (), (), (), (), (), ()
         for j in tl.static_range(STREAMS):
             raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
             a = tl.where(inside, head_transform(raw, heads[j], KINDS[j]), -float("inf"))
@@ -155,24 +155,23 @@ def row_statistics(
             tile, shares, scales = tile + (a,), shares + (share,), scales + (scale,)
             joined, sums = joined + (maximum,), sums + (mass,)
         for k in tl.static_range(MOMENTS):
-            w: tl.constexpr = WEIGHTS[k]
-            FIRST: tl.constexpr = k * STREAMS
-            before = moved_moment(
-                moments[k], totals[w], scales[w], maxima, joined, COEFFICIENTS, FIRST
+            mass, scale, share = totals[WEIGHTS[k]], scales[WEIGHTS[k]], shares[WEIGHTS[k]]
+            moment = moved_moment(
+                moments[k], mass, scale, maxima, joined, COEFFICIENTS, k * STREAMS
             )
-            more = tile_moment(tile, shares[w], joined, COEFFICIENTS, FIRST)
-            sums_of = sums_of + (before + more,)
-        maxima, totals, moments = joined, sums, sums_of
+            moment += tile_moment(tile, share, joined, COEFFICIENTS, k * STREAMS)
+            new_moments = new_moments + (moment,)
+        maxima, totals, moments = joined, sums, new_moments
         if TOTAL:
             total += tl.sum(tl.where(inside, tile[0], 0.0), 0)
         if best is not None:
             best_value, place = better(best_value, place, tile[0], columns)
         if ids is not None:
             rest = tile[0]
-            while upcoming < start + offset + DEPTH * LANES:
-                rest = tl.where(columns + offset == upcoming, -float("inf"), rest)
+            while upcoming < start + DEPTH * LANES:
+                rest = tl.where(columns == upcoming, -float("inf"), rest)
                 cursor += 1
-                upcoming = next_id(listed, cursor, count)
+                upcoming = next_column(listed, cursor, count, offset)
             tail_maximum, tail_total, _share, _scale = add_tile(tail_maximum, tail_total, rest)
     field = partial + tl.program_id(1) * rows + row
     step = tl.num_programs(1) * rows
@@ -182,10 +181,10 @@ def row_statistics(
         field += step
     field += STREAMS * step
     for k in tl.static_range(MOMENTS):
-        w: tl.constexpr = WEIGHTS[k]
-        FIRST: tl.constexpr = k * STREAMS
-        scale = rescale(maxima[w], whole[w])
-        parts = moved_moment(moments[k], totals[w], scale, maxima, whole, COEFFICIENTS, FIRST)
+        scale = rescale(maxima[WEIGHTS[k]], whole[WEIGHTS[k]])
+        parts = moved_moment(
+            moments[k], totals[WEIGHTS[k]], scale, maxima, whole, COEFFICIENTS, k * STREAMS
+        )
         tl.store(field, tl.sum(parts, 0))
         field += step
     if TOTAL:
@@ -266,11 +265,14 @@ def merge_statistics(
             a, b = merge_normalizers(m[j], s[j], part[j], part_sum[j])
             joined, joined_sums = joined + (a,), joined_sums + (b,)
         for k in tl.static_range(MOMENTS):
-            w: tl.constexpr = WEIGHTS[k]
-            FIRST: tl.constexpr = k * STREAMS
-            scale, other = rescale(m[w], joined[w]), rescale(part[w], joined[w])
-            a = moved_moment(moment[k], s[w], scale, m, joined, COEFFICIENTS, FIRST)
-            b = moved_moment(fresh[k], part_sum[w], other, part, joined, COEFFICIENTS, FIRST)
+            scale, other = (
+                rescale(m[WEIGHTS[k]], joined[WEIGHTS[k]]),
+                rescale(part[WEIGHTS[k]], joined[WEIGHTS[k]]),
+            )
+            a = moved_moment(moment[k], s[WEIGHTS[k]], scale, m, joined, COEFFICIENTS, k * STREAMS)
+            b = moved_moment(
+                fresh[k], part_sum[WEIGHTS[k]], other, part, joined, COEFFICIENTS, k * STREAMS
+            )
             joined_moments = joined_moments + (a + b,)
         if len(total) > 0:
             whole = (whole[0] + load_fields(field, step, row, inside, 1)[0],)
