@@ -73,6 +73,11 @@ class Measured:
         return Measured(tuple(streams), moments, total, argmax, picked[0] if picked else None)
 
     @property
+    def extras(self) -> int:
+        """How much there is besides normalisers."""
+        return len(self.moments) + self.total + self.argmax
+
+    @property
     def slots(self) -> list[tuple[Statistic, int]]:
         """(statistic, which of its numbers) of each number of a state, in the kernels' order."""
         found: list[tuple[Statistic, int]] = []
@@ -225,12 +230,8 @@ def plan_statistics(
         return None
     rows, vocab = operands.shape
     device = Device.of(problem.device)
-    plain = (
-        len(hidden) == 1
-        and not (measured.moments or measured.total or measured.argmax)
-        and head_kind(operands.heads[0]) == IDENTITY
-    )
-    tiling = statistics_tiling(device.capability, len(hidden), plain=plain)
+    plain = all(head_kind(head) == IDENTITY for head in operands.heads)
+    tiling = statistics_tiling(device.capability, len(hidden), measured.extras, plain=plain)
     splits = choose_splits(
         -(-rows // tiling.rows),
         -(-vocab // tiling.cols),

@@ -27,30 +27,38 @@ class Tiling:
 
 
 # Accumulators of all streams are in registers at once and 8 warps have 64 Ki of them: a tile of
-# 128 x 256 float32 takes half, and the epilogue needs most of the rest. So the tile is halved for
-# each stream more. A group of 16 token tiles of 128 rows has 16 MiB of hidden states at
-# H = 4096 in half precision, which stay in the L2 cache (40 MiB on an A100, 50 on an H100) while
-# the weight goes by.
-_AMPERE = {
-    # Steps of 32 features, 16 KiB a stage: two programs fit into 163 KiB of shared memory.
-    1: Tiling(128, 128, 32, 8, 4),
-    2: Tiling(128, 64, 32, 8, 4),
-    3: Tiling(128, 64, 32, 8, 4),
-}
-_HOPPER = {
+# 128 x 256 float32 takes half, and the epilogue needs most of the rest. So tiles shrink with every
+# stream, and again if more than one moment, sum or greedy token is wanted (``_FULL``): the largest
+# that the compiler fits into 255 registers a thread. A group of 16 token tiles of 128 rows has
+# 16 MiB of hidden states at H = 4096 in half precision, which stay in the L2 cache (40 MiB on an
+# A100, 50 on an H100) while the weight goes by. By generation, then streams.
+_LIGHT = {
+    # Steps of 32 features: four stages are 64 KiB, so that two programs share a multiprocessor.
+    80: {
+        1: Tiling(128, 128, 32, 8, 4),
+        2: Tiling(128, 64, 32, 8, 4),
+        3: Tiling(128, 64, 32, 8, 4),
+    },
     # wgmma reads both operands from shared memory: 128 entries a step keep it fed, 64 nearly do.
-    1: Tiling(128, 128, 64, 8, 4),
-    2: Tiling(128, 128, 64, 8, 4),
-    3: Tiling(128, 64, 64, 8, 4),
+    90: {
+        1: Tiling(128, 128, 64, 8, 4),
+        2: Tiling(128, 128, 64, 8, 4),
+        3: Tiling(128, 64, 64, 8, 4),
+    },
+    # Accumulators are in tensor memory, but come through registers whole.
+    100: {
+        1: Tiling(128, 128, 64, 8, 4),
+        2: Tiling(128, 64, 64, 8, 4),
+        3: Tiling(128, 64, 64, 8, 4),
+    },
 }
-#: The widest instruction, with room for an exponential and nothing else.
+_FULL = {
+    80: {1: _LIGHT[80][2], 2: _LIGHT[80][2], 3: Tiling(64, 64, 32, 8, 4)},
+    90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
+    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: _LIGHT[100][2]},
+}
+#: One stream without a head transform, its normaliser and nothing else: the widest wgmma.
 _HOPPER_PLAIN = Tiling(128, 256, 64, 8, 3)
-_BLACKWELL = {
-    # Accumulators are in tensor memory but come through registers whole.
-    1: Tiling(128, 128, 64, 8, 4),
-    2: Tiling(128, 64, 64, 8, 4),
-    3: Tiling(128, 64, 64, 8, 4),
-}
 
 #: Streams of one kernel.
 MOST_STREAMS = 3
@@ -58,17 +66,24 @@ MOST_STREAMS = 3
 MERGE_ROWS = 128
 
 
-def statistics_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
-    """For fused statistics; ``capability`` is 90 for sm_90.
+def generation(capability: int) -> int:
+    """The generation whose block sizes fit: Ampere's are small enough for every other device."""
+    return capability if capability in (90, 100) else 80
 
-    ``plain`` is one stream without a head transform, of which only the normaliser and picked
-    logits are wanted.
+
+def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool) -> Tiling:
+    """For fused statistics.
+
+    Args:
+        capability: 90 for sm_90.
+        streams: whose logits are computed.
+        extras: moments, sums and greedy tokens that are wanted besides normalisers.
+        plain: whether no head transforms its logits.
     """
-    if capability < 90:
-        return _AMPERE[streams]
-    if capability >= 100:
-        return _BLACKWELL[streams]
-    return _HOPPER_PLAIN if plain else _HOPPER[streams]
+    known = generation(capability)
+    if known == 90 and streams == 1 and extras == 0 and plain:
+        return _HOPPER_PLAIN
+    return (_FULL if extras > 1 else _LIGHT)[known][streams]
 
 
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
