@@ -12,12 +12,13 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.backends.triton import backend as triton_backend
-from pad_kernels.backends.triton import fused
+from pad_kernels.backends.triton import fused, topk
 from pad_kernels.backends.triton.tilings import Tiling
 from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.statistics import (
     Argmax,
     Block,
+    Largest,
     Moment,
     Normalizer,
     Picked,
@@ -212,3 +213,34 @@ def test_engine_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden.requires_grad_()
     pk.linear_logprob(hidden, weight, labels, plan=plan).sum().backward()
     assert asked[-1] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(3, 600, 17), (2, 300, 1), (1, 1, 4), (2, 9, 16)])
+def test_largest(dtype: torch.dtype, rows: int, vocab: int, k: int) -> None:
+    """Chunks in any order; many equal values, -inf and both zeros among them."""
+    raw = torch.randint(-4, 5, (rows, vocab + 3)).to(dtype)[:, :vocab] / 2
+    raw[torch.rand(rows, vocab) < 0.3] = -torch.inf
+    raw[torch.rand(rows, vocab) < 0.1] = -0.0
+    head = HeadOptions(3.0, 1.0, 0.5)
+    bias = torch.randint(-1, 2, (vocab,)).float()
+    stream = Stream(torch.empty(0), torch.empty(0), bias, head)
+    statistic = Largest(k)
+    state = empty_stats([statistic], 2 * rows, {}, torch.device("cpu"))[statistic][:, rows:]
+    cuts = [0, vocab // 3, vocab // 3 + vocab // 2, vocab]
+    for i in (2, 0, 1):
+        a, b = cuts[i], cuts[i + 1]
+        if a < b:
+            topk.merge_largest(stream, raw[:, a:b], a, state, tile=64).run()
+    logits = head.transform(raw.float() + bias)
+    exact = measure([statistic], Block({0: logits}, 0, {}), None)[statistic]
+    assert torch.equal(state[k:], exact[k:])
+    torch.testing.assert_close(state[:k], exact[:k], rtol=1e-6, atol=1e-6)
+
+
+def test_topk_op() -> None:
+    hidden, weight = torch.randn(3, 24), torch.randn(1100, 24)
+    found = pk.linear_topk(hidden, weight, 12, plan="triton")
+    exact = (hidden.double() @ weight.double().t()).log_softmax(-1).topk(12)
+    assert torch.equal(found.ids, exact.indices)
+    torch.testing.assert_close(found.logprobs.double(), exact.values, rtol=1e-6, atol=2e-6)

@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 # isort: split
-from pad_kernels.backends.triton import fused
+from pad_kernels.backends.triton import fused, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.launch import Launch
 from pad_kernels.backends.triton.tilings import choose_splits, statistics_tiling
+from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
@@ -122,6 +123,17 @@ def test_what_kernels_cannot_read() -> None:
     for other in (weight[:, 1:], weight[:, :123], weight[:, ::2], weight.t()[:, :496]):
         assert not fused.Operands([hidden[:, : other.shape[1]]], [other], (None,), [PLAIN]).readable
     assert not fused.Operands([hidden.float()], [weight.float()], (None,), [PLAIN]).readable
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("k", [1, 64, topk.MOST])
+def test_topk_compiles(k: int, capability: int) -> None:
+    with torch.device("meta"):
+        stream = Stream(torch.empty(0), torch.empty(0), torch.empty(32064), CAPPED)
+        logits = torch.empty(4096, 32064, dtype=torch.bfloat16)
+        state = torch.empty(2 * k, 4096, dtype=torch.float64)
+    cubin = compiled(topk.merge_largest(stream, logits, 0, state), capability)
+    assert cubin.count(r"LDG\.E\.(64|128)[.\w]*")
 
 
 def test_splits_fill_the_device() -> None:

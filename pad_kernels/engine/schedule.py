@@ -111,9 +111,7 @@ class Pass:
             return False
         wanted = list(recipe.measured(part.functionals))
         most = len(hidden) * entries * recipe.gemm.itemsize
-        return backend.measure_products(
-            self.problem, stats, wanted, hidden, self.workspace, most
-        )
+        return backend.measure_products(self.problem, stats, wanted, hidden, self.workspace, most)
 
     def _picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""

@@ -11,6 +11,7 @@ from pad_kernels.backends.base import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
+from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
@@ -19,6 +20,7 @@ from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
+    Largest,
     Moment,
     Normalizer,
     Picked,
@@ -72,12 +74,15 @@ class TritonBackend:
         logits: dict[int, Tensor],
         offset: int,
     ) -> None:
-        if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
-            others = [s for s in wanted if s not in ours]
+        largest = [s for s in wanted if isinstance(s, Largest) and s.k <= MOST]
+        ours = [s for s in wanted if isinstance(s, _KNOWN)]
+        if others := [s for s in wanted if s not in ours and s not in largest]:
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
         block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
         if not block.rows:
             return
+        for statistic in largest:
+            _run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[statistic]))
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 launch, partial = block.outcomes(statistic)

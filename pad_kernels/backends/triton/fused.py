@@ -175,8 +175,13 @@ class Operands:
 
 
 def statistics_launches(
-    measured: Measured, operands: Operands, tiling: Tiling, stats: RowStats, partial: Tensor,
-    *, tma: bool,
+    measured: Measured,
+    operands: Operands,
+    tiling: Tiling,
+    stats: RowStats,
+    partial: Tensor,
+    *,
+    tma: bool,
 ) -> tuple[Launch, Launch]:
     """The two launches that fill ``stats``; ``partial`` is [splits, slots, rows] float64."""
     rows, vocab = operands.shape
