@@ -55,7 +55,7 @@ _LIGHT = {
 _FULL = {
     80: {1: _LIGHT[80][2], 2: _LIGHT[80][2], 3: Tiling(64, 64, 32, 8, 4)},
     90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
-    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: _LIGHT[100][2]},
+    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: Tiling(128, 32, 64, 8, 4)},
 }
 #: One stream without a head transform, its normaliser and nothing else: the widest wgmma.
 _HOPPER_PLAIN = Tiling(128, 256, 64, 8, 3)
