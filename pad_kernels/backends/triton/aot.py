@@ -55,7 +55,7 @@ class Cubin:
     sass: str
 
     def count(self, instruction: str) -> int:
-        """How many instructions match a regular expression such as ``r"LDG\\.E\\.128"``."""
+        """How many instructions match a regular expression: opcode and modifiers."""
         return len(re.findall(rf"(?<![\w.]){instruction}(?![\w])", self.sass))
 
     @property

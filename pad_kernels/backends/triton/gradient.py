@@ -241,7 +241,7 @@ def curved_part(
     INVERSES: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """weight (slope - s * mean slope) of a divergence of two sweeps."""
+    """The weight times (slope - s * mean slope) of a divergence of two sweeps."""
     t: tl.constexpr = CURVED[0]
     _value, slope, s = outcome(
         x[0] - c[SHIFTS[0]],

@@ -48,7 +48,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is compiled; fused multiply-adds would round a logit differently here and there."""
+        """How it is compiled: without fused multiply-adds, see math.py."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def run(self) -> None:
@@ -197,7 +197,7 @@ class Block:
         """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
         used = [0, statistic.teacher]
         tiles, splits, shape = self._split(configs.OUTCOMES)
-        columns = _Columns()
+        columns = Columns()
         shifts, inverses = columns.streams(self.stats, used)
         assert (shifts, inverses) == ((0, 1), (2, 3))
         columns.log_sums(self.stats, statistic.teacher)
@@ -226,7 +226,7 @@ class Block:
         curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
         read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
         used = sorted(read)
-        columns = _Columns()
+        columns = Columns()
         shifts, inverses = columns.streams(self.stats, used)
         config = configs.gradient_config(len(used), bool(curved))
         tiles, splits, shape = self._split(config)
@@ -266,7 +266,7 @@ class Block:
         )
 
 
-class _Columns:
+class Columns:
     """Per-row numbers side by side, and the place of each; -1 is the place of none."""
 
     def __init__(self) -> None:

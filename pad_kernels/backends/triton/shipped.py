@@ -29,6 +29,9 @@ from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import Picked, empty_stats
 from pad_kernels.heads import HeadOptions
 
+_PLAIN = HeadOptions()
+_CAPPED = HeadOptions(softcap=30.0, logit_scale=0.9, temperature=0.7)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -43,13 +46,12 @@ class Example:
     """
 
     functionals: tuple[Functional, ...]
-    head: HeadOptions = HeadOptions()
+    head: HeadOptions = _PLAIN
     biased: bool = False
     argmax: bool = False
     filtered: bool = False
 
 
-_CAPPED = HeadOptions(softcap=30.0, logit_scale=0.9, temperature=0.7)
 _SMOOTHED = (LogProb(), LogSumExp(), LogitSum(), SquaredLogSumExp())
 
 EXAMPLES = {

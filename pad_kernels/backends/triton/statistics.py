@@ -96,12 +96,54 @@ def add_tile(maximum, total, tile):
 
 
 @triton.jit
+def add_streams(maxima, sums, tile):
+    """:func:`add_tile` for every stream: four tuples."""
+    joined, totals, shares, scales = (), (), (), ()
+    for j in tl.static_range(len(tile)):
+        maximum, total, share, scale = add_tile(maxima[j], sums[j], tile[j])
+        joined, totals = joined + (maximum,), totals + (total,)
+        shares, scales = shares + (share,), scales + (scale,)
+    return joined, totals, shares, scales
+
+
+@triton.jit
+def move_moments(
+    moments, sums, scales, old, new, WEIGHTS: tl.constexpr, COEFFICIENTS: tl.constexpr
+):
+    """:func:`moved_moment` for every moment."""
+    moved = ()
+    for k in tl.static_range(len(WEIGHTS)):
+        total, scale = sums[WEIGHTS[k]], scales[WEIGHTS[k]]
+        moment = moved_moment(moments[k], total, scale, old, new, COEFFICIENTS, k * len(old))
+        moved = moved + (moment,)
+    return moved
+
+
+@triton.jit
 def store_normalizer(field, step, maximum, total):
     """Join the lanes of a (max, sum) and store the two, `step` apart; the joined maximum."""
     joined = tl.max(maximum, 0)
     tl.store(field, joined)
     tl.store(field + step, tl.sum(total * rescale(maximum, joined), 0))
     return joined
+
+
+@triton.jit
+def store_lanes(
+    field, step, maxima, sums, moments, WEIGHTS: tl.constexpr, COEFFICIENTS: tl.constexpr
+):
+    """Join the lanes of maxima, sums and moments and store them in this order; what comes next."""
+    whole, scales = (), ()
+    for j in tl.static_range(len(maxima)):
+        joined = store_normalizer(field, len(maxima) * step, maxima[j], sums[j])
+        whole, scales = whole + (joined,), scales + (rescale(maxima[j], joined),)
+        field += step
+    field += len(maxima) * step
+    moved = move_moments(moments, sums, scales, maxima, whole, WEIGHTS, COEFFICIENTS)
+    for k in tl.static_range(len(WEIGHTS)):
+        tl.store(field, tl.sum(moved[k], 0))
+        field += step
+    return field
 
 
 @triton.jit(do_not_specialize=["count", "rows", "tiles", "offset"])
@@ -125,20 +167,19 @@ def row_statistics(
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    STREAMS: tl.constexpr = len(KINDS)
-    MOMENTS: tl.constexpr = len(WEIGHTS)
+    """Statistics of a part of a row."""
     row = tl.program_id(0)
     begin = tl.program_id(1) * tiles * (DEPTH * LANES)
     end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
     lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     nothing = tl.zeros([LANES], tl.float32)
     empty = tl.full([LANES], -float("inf"), tl.float32)
-    maxima, totals, moments = (), (), ()
-    for _ in tl.static_range(STREAMS):
-        maxima, totals = maxima + (empty,), totals + (nothing,)
-    for _ in tl.static_range(MOMENTS):
+    maxima, sums, moments = (), (), ()
+    for _ in tl.static_range(len(KINDS)):
+        maxima, sums = maxima + (empty,), sums + (nothing,)
+    for _ in tl.static_range(len(WEIGHTS)):
         moments = moments + (nothing,)
-    total, tail_maximum, tail_total, best_value = nothing, empty, nothing, empty
+    total, tail_maximum, tail_sum, best_value = nothing, empty, nothing, empty
     place = tl.full([LANES], NOWHERE, tl.int32)
     if ids is not None:
         listed = ids + row.to(tl.int64) * count
@@ -147,21 +188,17 @@ def row_statistics(
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
-        tile, shares, scales, joined, sums, new_moments = (), (), (), (), (), ()
-        for j in tl.static_range(STREAMS):
+        tile = ()
+        for j in tl.static_range(len(KINDS)):
             raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
-            a = tl.where(inside, head_transform(raw, heads[j], KINDS[j]), -float("inf"))
-            maximum, mass, share, scale = add_tile(maxima[j], totals[j], a)
-            tile, shares, scales = tile + (a,), shares + (share,), scales + (scale,)
-            joined, sums = joined + (maximum,), sums + (mass,)
-        for k in tl.static_range(MOMENTS):
-            mass, scale, share = totals[WEIGHTS[k]], scales[WEIGHTS[k]], shares[WEIGHTS[k]]
-            moment = moved_moment(
-                moments[k], mass, scale, maxima, joined, COEFFICIENTS, k * STREAMS
-            )
-            moment += tile_moment(tile, share, joined, COEFFICIENTS, k * STREAMS)
-            new_moments = new_moments + (moment,)
-        maxima, totals, moments = joined, sums, new_moments
+            a = head_transform(raw, heads[j], KINDS[j])
+            tile = tile + (tl.where(inside, a, -float("inf")),)
+        joined, totals, shares, scales = add_streams(maxima, sums, tile)
+        moved = move_moments(moments, sums, scales, maxima, joined, WEIGHTS, COEFFICIENTS)
+        maxima, sums, moments = joined, totals, ()
+        for k in tl.static_range(len(WEIGHTS)):
+            more = tile_moment(tile, shares[WEIGHTS[k]], joined, COEFFICIENTS, k * len(KINDS))
+            moments = moments + (moved[k] + more,)
         if TOTAL:
             total += tl.sum(tl.where(inside, tile[0], 0.0), 0)
         if best is not None:
@@ -172,26 +209,15 @@ def row_statistics(
                 rest = tl.where(columns == upcoming, -float("inf"), rest)
                 cursor += 1
                 upcoming = next_column(listed, cursor, count, offset)
-            tail_maximum, tail_total, _share, _scale = add_tile(tail_maximum, tail_total, rest)
+            tail_maximum, tail_sum, _share, _scale = add_tile(tail_maximum, tail_sum, rest)
     field = partial + tl.program_id(1) * rows + row
     step = tl.num_programs(1) * rows
-    whole = ()
-    for j in tl.static_range(STREAMS):
-        whole = whole + (store_normalizer(field, STREAMS * step, maxima[j], totals[j]),)
-        field += step
-    field += STREAMS * step
-    for k in tl.static_range(MOMENTS):
-        scale = rescale(maxima[WEIGHTS[k]], whole[WEIGHTS[k]])
-        parts = moved_moment(
-            moments[k], totals[WEIGHTS[k]], scale, maxima, whole, COEFFICIENTS, k * STREAMS
-        )
-        tl.store(field, tl.sum(parts, 0))
-        field += step
+    field = store_lanes(field, step, maxima, sums, moments, WEIGHTS, COEFFICIENTS)
     if TOTAL:
         tl.store(field, tl.sum(total, 0))
         field += step
     if ids is not None:
-        store_normalizer(field, step, tail_maximum, tail_total)
+        store_normalizer(field, step, tail_maximum, tail_sum)
         field += 2 * step
     if best is not None:
         largest = tl.max(best_value, 0)
@@ -260,20 +286,17 @@ def merge_statistics(
         part_sum = load_fields(field + STREAMS * step, step, row, inside, STREAMS)
         fresh = load_fields(field + 2 * STREAMS * step, step, row, inside, MOMENTS)
         field += (2 * STREAMS + MOMENTS) * step
-        joined, joined_sums, joined_moments = (), (), ()
+        joined, joined_sums, scales, part_scales = (), (), (), ()
         for j in tl.static_range(STREAMS):
             a, b = merge_normalizers(m[j], s[j], part[j], part_sum[j])
             joined, joined_sums = joined + (a,), joined_sums + (b,)
+            scales = scales + (rescale(m[j], a),)
+            part_scales = part_scales + (rescale(part[j], a),)
+        moment = move_moments(moment, s, scales, m, joined, WEIGHTS, COEFFICIENTS)
+        fresh = move_moments(fresh, part_sum, part_scales, part, joined, WEIGHTS, COEFFICIENTS)
+        joined_moments = ()
         for k in tl.static_range(MOMENTS):
-            scale, other = (
-                rescale(m[WEIGHTS[k]], joined[WEIGHTS[k]]),
-                rescale(part[WEIGHTS[k]], joined[WEIGHTS[k]]),
-            )
-            a = moved_moment(moment[k], s[WEIGHTS[k]], scale, m, joined, COEFFICIENTS, k * STREAMS)
-            b = moved_moment(
-                fresh[k], part_sum[WEIGHTS[k]], other, part, joined, COEFFICIENTS, k * STREAMS
-            )
-            joined_moments = joined_moments + (a + b,)
+            joined_moments = joined_moments + (moment[k] + fresh[k],)
         if len(total) > 0:
             whole = (whole[0] + load_fields(field, step, row, inside, 1)[0],)
             field += step
