@@ -1,20 +1,23 @@
 """The fused Triton kernels under the interpreter; test_triton_fused.py runs this file."""
 
 import dataclasses
+from typing import Any
 
 import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 
 # isort: split
 import pytest
 import torch
-from oracles import VALUES
+from oracles import GRADIENTS, VALUES
 from torch import Tensor
 
 import pad_kernels as pk
+from pad_kernels.backends.torch_blocked import _dense as dense_gradient
 from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton import fused, topk
 from pad_kernels.backends.triton.tilings import Tiling
 from pad_kernels.engine.problem import Stream
+from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
     Block,
@@ -183,36 +186,157 @@ def test_same_bits_again() -> None:
         assert torch.equal(*(run[statistic].nan_to_num() for run in runs))
 
 
-def test_engine_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+class Rounded:
+    """A dense head in half precision whose products are added up and kept in float32."""
 
-    def spy(*arguments):
-        asked.append(fused.plan_statistics(*arguments))
-        return asked[-1]
+    def __init__(self, streams: list[tuple[Tensor, Tensor]]) -> None:
+        self.leaves = [(h.float().requires_grad_(), w.float().requires_grad_()) for h, w in streams]
 
-    monkeypatch.setattr(triton_backend, "plan_statistics", spy)
+    def logprobs(self, dtype: torch.dtype, head: HeadOptions) -> list[Tensor]:
+        products = (h.to(dtype) @ w.to(dtype).t() for h, w in self.leaves)
+        return [head.transform(z).log_softmax(-1) for z in products]
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, self.leaves[0], retain_graph=True)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the fused steps that ran."""
+    calls: list[str] = []
+    for name in ("plan_statistics", "plan_gradient"):
+
+        def spy(*arguments: Any, original: Any = getattr(fused, name), name: str = name) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(triton_backend, name, spy)
+    return calls
+
+
+def assert_close(got: Tensor, exact: Tensor, dense: Tensor, k: int, least: float) -> None:
+    room = max((dense - exact).norm(), least * exact.norm())
+    assert (got - exact).norm() <= k * room
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_token_stats_through_the_engine(fused_calls: list[str], filtered: bool) -> None:
+    """Per-token outputs and their gradients; left-out rows, a soft cap, a part of the weight."""
     rows, vocab, size = 19, 301, 48
-    hidden, weight = torch.randn(rows, size).bfloat16(), torch.randn(vocab, size).bfloat16()
+    hidden, weight = torch.randn(rows, size).bfloat16(), torch.randn(vocab + 5, size).bfloat16()
     labels = torch.randint(vocab, (rows,))
     labels[4] = -100
-    plan = pk.PlanRequest("late", "triton", vocab_block=128)
-    found = pk.linear_token_stats(hidden, weight, labels, softcap=20.0, plan=plan)
-    exact = torch.tanh(hidden.double() @ weight.double().t() / 20) * 20
-    live = labels != -100
-    logprob = exact.log_softmax(-1)
-    assert asked[-1] is not None
-    torch.testing.assert_close(
-        found.logprob[live].double(),
-        logprob[live].gather(1, labels[live, None])[:, 0],
-        rtol=1e-6,
-        atol=2e-6,
+    live, head = labels != -100, HeadOptions(20.0, 1.0, 0.5)
+    least = 1e-9 if filtered else 0.0  # a bound that leaves nothing out, found by the kernel
+    plan = pk.PlanRequest("late", "triton", vocab_block=128, filter=least)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    found = pk.linear_token_stats(
+        *leaves, labels, softcap=20.0, temperature=0.5, vocab_size=vocab, plan=plan
     )
-    entropy = -(logprob.exp() * logprob).sum(-1)
-    torch.testing.assert_close(found.entropy[live].double(), entropy[live], rtol=1e-5, atol=1e-5)
-    # A gradient would be made from rounded logits: the block of logits is used instead.
-    hidden.requires_grad_()
-    pk.linear_logprob(hidden, weight, labels, plan=plan).sum().backward()
-    assert asked[-1] is None
+    upstream = torch.randn(2, rows)
+    loss = (found.logprob * upstream[0] + found.entropy * upstream[1]).sum()
+    got = torch.autograd.grad(loss, leaves)
+    assert fused_calls == ["plan_statistics"] + ["plan_gradient"] * 3
+    oracle = Rounded([(hidden[live].detach(), weight[:vocab].detach())])
+    values, gradients = [], []
+    for dtype in (torch.float64, torch.float32):
+        logprob = oracle.logprobs(dtype, head)[0]
+        picked = logprob.gather(1, labels[live, None])[:, 0]
+        values.append((picked, -(logprob.exp() * logprob).sum(-1)))
+        loss = (values[-1][0] * upstream[0, live] + values[-1][1] * upstream[1, live]).sum()
+        gradients.append(oracle.gradients(loss))
+    eps = torch.finfo(torch.float32).eps
+    for mine, exact, dense in zip((found.logprob[live], found.entropy[live]), *values, strict=True):
+        assert_close(mine.double(), exact.double(), dense.double(), VALUES, 4 * eps)
+    half = torch.finfo(torch.bfloat16).eps
+    assert not got[0][~live].any()
+    assert not got[1][vocab:].any()
+    mine = got[0][live], got[1][:vocab]
+    for g, exact, dense in zip(mine, *gradients, strict=True):
+        assert_close(g.double(), exact.double(), dense.double(), GRADIENTS, half)
+
+
+def test_three_streams_through_the_engine(fused_calls: list[str]) -> None:
+    """Cross-entropy, a divergence, an advantage: each token with the teachers it asks for."""
+    rows, vocab = 24, 203
+    shapes = [(16, 32), (32, 48), (16, 16)]
+    streams = [
+        (torch.randn(rows, b).bfloat16()[:, :a], torch.randn(vocab, b).bfloat16()[:, :a])
+        for a, b in shapes
+    ]
+    labels = torch.randint(vocab, (rows,))
+    plan = pk.PlanRequest("late", "triton", vocab_block=80)
+    student = [x.clone().requires_grad_() for x in streams[0]]
+    heads = [pk.Head(*student), *(pk.Head(h, w) for h, w in streams[1:])]
+    weights = torch.rand(2, rows) * (torch.rand(2, rows) < 0.6)
+    found = pk.linear_distill(
+        heads[0],
+        labels,
+        aligned=heads[1],
+        reference=heads[2],
+        ce_weight=weights[0],
+        advantage_weight=weights[1],
+        reduction="sum",
+        plan=plan,
+    )
+    got = torch.autograd.grad(found.loss, student)
+    assert "plan_statistics" in fused_calls
+    assert "plan_gradient" in fused_calls
+    oracle = Rounded(streams)
+    losses, gradients = [], []
+    for dtype in (torch.float64, torch.float32):
+        s, d, r = oracle.logprobs(dtype, HeadOptions())
+        d, r = d.detach(), r.detach()
+        ce = -s.gather(1, labels[:, None])[:, 0]
+        advantage = (s.exp() * (d - r)).sum(-1)
+        losses.append((weights[0] * ce - weights[1] * advantage).sum())
+        gradients.append(oracle.gradients(losses[-1]))
+    assert_close(found.loss.double(), losses[0].double(), losses[1].double(), VALUES, 1e-6)
+    for g, exact, dense in zip(got, *gradients, strict=True):
+        assert_close(g.double(), exact.double(), dense.double(), GRADIENTS, 2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("tma", [False, True])
+def test_gradient_of_a_block(dtype: torch.dtype, count: int, tma: bool) -> None:
+    """Every coefficient at once, over NaN, against the plain torch row pass in float64."""
+    shape = SHAPES[0]
+    streams = make_streams(shape, count, dtype)
+    rows, vocab, _ = shape
+    normalizers: list[Statistic] = [Normalizer(j) for j in range(count)]
+    logits = logits_of(streams, torch.float64)
+    stats = measure(normalizers, Block(logits, 0, {}), None)
+    ids = torch.randint(vocab, (rows, 2))
+    terms = LogitGradient(
+        constant=torch.randn(rows),
+        student=torch.randn(rows),
+        moments={j: torch.randn(rows) for j in range(count - 1, count)},
+        probabilities={j: torch.randn(rows) for j in range(1, count)},
+        sparse=[(ids, torch.randn(rows, 2)), (ids[:, :1], torch.randn(rows, 1))],
+    )
+    a, b = 33, 33 + 64
+    out = torch.full((rows, b - a + 7), torch.nan, dtype=dtype)[:, : b - a]
+    peaks = torch.zeros(1, dtype=torch.int32)
+    operands = operands_of(streams).cut(a, b)
+    used = list(range(count))
+    fused.gradient_launch(operands, used, SMALL, stats, terms, out, a, peaks, tma=tma).run()
+    found = []
+    for working in (torch.float64, torch.float32):
+        block = Block({j: z[:, a:b].to(working) for j, z in logits.items()}, a, {})
+        dense = dense_gradient(block, stats, terms)
+        for i, values in terms.sparse:
+            inside = (i >= a) & (i < b)
+            dense.scatter_add_(1, torch.where(inside, i - a, 0), (values * inside).to(working))
+        student = streams[0]
+        raw = student.hidden.to(working) @ student.weight[a:b].to(working).t()
+        if student.bias is not None:
+            raw += student.bias[a:b].to(working)
+        found.append(dense * student.head.chain(raw))
+    dense = found[1].to(dtype).double()
+    eps = torch.finfo(dtype).eps
+    assert_close(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
+    assert peaks.view(torch.float32)[0] == out.float().abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,8 +63,23 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class FusedStatistics(Protocol):
-    """What a backend may offer besides: statistics without a block of logits in memory."""
+class FusedBackend(Protocol):
+    """What a backend may offer besides: products and row work in one, no logits in memory."""
+
+    def fuses(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        chunk: int,
+    ) -> bool:
+        """Whether it does so for these statistics, and the gradient that goes with them.
+
+        Both or none: a gradient has to see logits that were rounded as those of its statistics.
+        ``chunk`` is how many logits of every row and stream the plan has room for.
+        """
+        ...
 
     def measure_products(
         self,
@@ -73,13 +88,22 @@ class FusedStatistics(Protocol):
         wanted: list[Statistic],
         hidden: dict[int, Tensor],
         workspace: Workspace,
-        most: int,
-    ) -> bool:
-        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H].
+        chunk: int,
+    ) -> None:
+        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H]."""
+        ...
 
-        Uses at most ``most`` bytes of workspace. False, and nothing done, where the backend would
-        rather be given logits.
-        """
+    def differentiate_products(
+        self,
+        problem: Problem,
+        out: Tensor,
+        hidden: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        """As :meth:`Backend.gradient`, from hidden states [rows, H] instead of logits."""
         ...
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
-from pad_kernels.backends.triton.fused import plan_statistics
+from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
@@ -92,6 +92,16 @@ class TritonBackend:
         if first:
             _run(logits[0], *block.statistics(first))
 
+    def fuses(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        chunk: int,
+    ) -> bool:
+        return fusable(problem, stats, wanted, hidden, chunk) is not None
+
     def measure_products(
         self,
         problem: Problem,
@@ -99,12 +109,24 @@ class TritonBackend:
         wanted: list[Statistic],
         hidden: dict[int, Tensor],
         workspace: Workspace,
-        most: int,
-    ) -> bool:
-        launches = plan_statistics(problem, stats, wanted, hidden, workspace, most)
-        if launches is not None:
-            _run(hidden[0], *launches)
-        return launches is not None
+        chunk: int,
+    ) -> None:
+        launches = plan_statistics(problem, stats, wanted, hidden, workspace, chunk)
+        _run(hidden[0], *launches)
+
+    def differentiate_products(
+        self,
+        problem: Problem,
+        out: Tensor,
+        hidden: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        peaks = _peaks(out, bound)
+        _run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
+        return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
         self,
@@ -116,13 +138,18 @@ class TritonBackend:
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        peaks = None
-        if bound > 0:
-            peaks = out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
+        peaks = _peaks(out, bound)
         block = Block(problem, stats, logits, offset, Device.of(out.device))
         if block.rows:
             _run(out, block.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
+
+
+def _peaks(out: Tensor, bound: float) -> Tensor | None:
+    """Room for the bits of the largest magnitudes of the filter's tiles, if it is on."""
+    if bound <= 0:
+        return None
+    return out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
 
 
 def _run(like: Tensor, *launches: Launch) -> None:

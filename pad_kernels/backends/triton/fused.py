@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
-from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.launch import Columns, Device, Launch, head_kind, head_numbers
 from pad_kernels.backends.triton.math import IDENTITY
 from pad_kernels.backends.triton.tilings import (
     MERGE_ROWS,
     MOST_STREAMS,
     Tiling,
     choose_splits,
+    gradient_tiling,
     statistics_tiling,
 )
+from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.workspace import Workspace
+from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
@@ -142,6 +146,20 @@ class Operands:
             for x in (*self.hidden, *self.weight)
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether no head transforms its logits."""
+        return all(head_kind(head) == IDENTITY for head in self.heads)
+
+    def cut(self, start: int, stop: int) -> Operands:
+        """The same streams, vocabulary entries start to stop."""
+        return Operands(
+            self.hidden,
+            [w[start:stop] for w in self.weight],
+            tuple(None if b is None else b[start:stop] for b in self.biases),
+            self.heads,
+        )
+
     def arguments(self, tiling: Tiling, *, tma: bool) -> dict[str, Any]:
         """Arguments that the kernels share."""
         found: dict[str, Any] = {}
@@ -212,40 +230,124 @@ def statistics_launches(
     return measure, merge
 
 
+def fusable(
+    problem: Problem,
+    stats: RowStats,
+    wanted: Sequence[Statistic],
+    hidden: dict[int, Tensor],
+    chunk: int,
+) -> Measured | None:
+    """What the fused kernels measure of the recipe; None if they leave it to the row passes.
+
+    The answer is the same in forward and backward: a gradient must see logits that are rounded as
+    those of the statistics were, and the row passes' are rounded to half precision. A functional
+    whose statistics are all known here has a gradient of the linear form.
+
+    Args:
+        chunk: vocabulary entries of a block of logits in the plan; it bounds the workspace.
+    """
+    measured = Measured.of(list(hidden), wanted, stats.inputs)
+    if measured is None or not Operands.of(problem, hidden).readable:
+        return None
+    room = len(hidden) * chunk * problem.recipe.gemm.itemsize
+    return measured if len(measured.slots) * 8 <= room else None
+
+
 def plan_statistics(
     problem: Problem,
     stats: RowStats,
     wanted: Sequence[Statistic],
     hidden: dict[int, Tensor],
     workspace: Workspace,
-    most: int,
-) -> tuple[Launch, ...] | None:
-    """Launches that fill ``stats`` over the whole vocabulary; None if there are none that can.
+    chunk: int,
+) -> tuple[Launch, Launch]:
+    """Launches that fill ``stats`` over the whole vocabulary.
 
-    Only in half precision: a float32 product without tensor cores is the library's to do. Only
-    where no gradient is wanted: its logits would be rounded to half precision, and a confident
-    token's gradient is the difference between a normaliser and a logit that were rounded alike.
-
-    Args:
-        most: bytes of workspace for partial statistics.
+    Partial statistics take no more workspace than ``chunk`` logits of every row and stream.
     """
-    measured = Measured.of(list(hidden), wanted, stats.inputs)
+    measured = fusable(problem, stats, wanted, hidden, chunk)
+    assert measured is not None
     operands = Operands.of(problem, hidden)
-    if measured is None or not operands.readable or any(problem.recipe.needs):
-        return None
     rows, vocab = operands.shape
     device = Device.of(problem.device)
-    plain = all(head_kind(head) == IDENTITY for head in operands.heads)
-    tiling = statistics_tiling(device.capability, len(hidden), measured.extras, plain=plain)
+    tiling = statistics_tiling(
+        device.capability, len(hidden), measured.extras, plain=operands.plain
+    )
+    slots = len(measured.slots)
     splits = choose_splits(
         -(-rows // tiling.rows),
         -(-vocab // tiling.cols),
         device.multiprocessors,
         tiling.group,
-        most // (len(measured.slots) * rows * 8),
+        len(hidden) * chunk * problem.recipe.gemm.itemsize // (slots * 8),
     )
-    if splits * len(measured.slots) * rows * 8 > most:
-        return None
-    partial = workspace.empty(splits, len(measured.slots), rows, dtype=torch.float64)
+    partial = workspace.empty(splits, slots, rows, dtype=torch.float64)
     copies = device.capability >= 90
     return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
+
+
+def gradient_launch(
+    operands: Operands,
+    used: Sequence[int],
+    tiling: Tiling,
+    stats: RowStats,
+    terms: LogitGradient,
+    out: Tensor,
+    offset: int,
+    peaks: Tensor | None,
+    *,
+    tma: bool,
+) -> Launch:
+    """The launch that writes dL/dz of a block to ``out`` [rows, cols].
+
+    Args:
+        operands: of the streams ``used``, their weights and biases cut to the block.
+        offset: vocabulary id of the block's first entry.
+        peaks: receives the largest magnitudes of FILTER_TILE columns, as int32 bits.
+    """
+    columns = Columns()
+    shifts, inverses = columns.streams(stats, used)
+    constants = {
+        **operands.constants(tiling, tma=tma),
+        "SHIFTS": shifts,
+        "INVERSES": inverses,
+        "CONSTANT": columns.add(terms.constant),
+        "STUDENT": columns.add(terms.student),
+        "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
+        "SHARES": tuple(columns.share(stats, j, terms.probabilities) for j in used),
+        "FILTER": FILTER_TILE,
+    }
+    constants["FIELDS"] = columns.count
+    sparse = None
+    if (listed := terms.sorted_sparse()) is not None:
+        sparse = listed[0], listed[1].float(), listed[0].shape[1]
+    arguments = {
+        **operands.arguments(tiling, tma=tma),
+        "out": (out, out.stride(0)),
+        "coefficients": columns.packed(),
+        "sparse": sparse,
+        "peaks": peaks,
+        "offset": offset,
+    }
+    rows, cols = operands.shape
+    grid = (-(-rows // tiling.rows) * -(-cols // tiling.cols),)
+    return Launch(fused_gradient_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
+
+
+def plan_gradient(
+    problem: Problem,
+    out: Tensor,
+    hidden: dict[int, Tensor],
+    offset: int,
+    stats: RowStats,
+    terms: LogitGradient,
+    peaks: Tensor | None,
+) -> Launch:
+    """The launch for a block of logits, of the streams that the gradient reads."""
+    used = sorted({0, *terms.moments, *terms.probabilities})
+    operands = Operands.of(problem, {j: hidden[j] for j in used})
+    operands = operands.cut(offset, offset + out.shape[1])
+    device = Device.of(problem.device)
+    tiling = gradient_tiling(device.capability, len(used), plain=operands.plain)
+    copies = device.capability >= 90
+    return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)

@@ -86,6 +86,12 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
     return (_FULL if extras > 1 else _LIGHT)[known][streams]
 
 
+def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
+    """For the fused gradient: a tile and its logits are alive together, and nothing else is."""
+    known = generation(capability)
+    return (_LIGHT if plain else _FULL)[known][streams]
+
+
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
     """Into how many parts to split the vocabulary, at most ``most``.
 
