@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from pad_kernels.backends.triton import fused, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.launch import Launch
-from pad_kernels.backends.triton.tilings import choose_splits, statistics_tiling
+from pad_kernels.backends.triton.tilings import choose_splits, gradient_tiling, statistics_tiling
 from pad_kernels.engine.problem import Stream
+from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
@@ -101,6 +102,52 @@ def test_statistics_compile(name: str, capability: int) -> None:
     cubin, _ = (compiled(launch, capability) for launch in launches)
     assert cubin.count(TENSOR_CORES[capability])
     assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
+
+
+#: Streams that a gradient reads, of which it has moments and probabilities, head.
+GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] = {
+    "logprob": (1, (), (), PLAIN),
+    "logprob_capped": (1, (0,), (), CAPPED),
+    "forward_kl": (2, (), (1,), PLAIN),
+    "distill": (2, (0, 1), (1,), CAPPED),
+    "advantage": (3, (1, 2), (), PLAIN),
+    "distill_advantage": (3, (0, 1, 2), (1,), CAPPED),
+}
+
+
+def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
+    """The launch of an op's gradient at a large model's block, without a device."""
+    count, moments, probabilities, head = GRADIENTS[name]
+    rows, cols, size = 8192, 4096, 4096
+    with torch.device("meta"):
+        operands = fused.Operands(
+            [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
+            [torch.empty(cols, size, dtype=torch.bfloat16) for _ in range(count)],
+            tuple(None if head == PLAIN else torch.empty(cols) for _ in range(count)),
+            [head] * count,
+        )
+        stats = empty_stats([Normalizer(j) for j in range(count)], rows, {}, torch.device("meta"))
+        terms = LogitGradient(
+            student=torch.empty(rows),
+            moments={j: torch.empty(rows) for j in moments},
+            probabilities={j: torch.empty(rows) for j in probabilities},
+            sparse=[(torch.empty(rows, 1, dtype=torch.int64), torch.empty(rows, 1))],
+        )
+        out = torch.empty(rows, cols, dtype=torch.bfloat16)
+        peaks = torch.empty(cols // 256, dtype=torch.int32) if filtered else None
+    tiling = gradient_tiling(capability, count, plain=head == PLAIN)
+    used, tma = list(range(count)), capability >= 90
+    return fused.gradient_launch(operands, used, tiling, stats, terms, out, 4096, peaks, tma=tma)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_compile(name: str, capability: int) -> None:
+    filtered = name.startswith("logprob")
+    cubin = compiled(gradient_launch(name, capability, filtered), capability)
+    assert cubin.count(TENSOR_CORES[capability])
+    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
+    assert cubin.count(r"STG\.E\.128[.\w]*")
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

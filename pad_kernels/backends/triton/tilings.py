@@ -57,8 +57,8 @@ _FULL = {
     90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
     100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: Tiling(128, 32, 64, 8, 4)},
 }
-#: One stream without a head transform, its normaliser and nothing else: the widest wgmma.
-_HOPPER_PLAIN = Tiling(128, 256, 64, 8, 3)
+#: One stream without a head transform and nothing besides: the widest instructions.
+_WIDE = Tiling(128, 256, 64, 8, 3)
 
 #: Streams of one kernel.
 MOST_STREAMS = 3
@@ -82,14 +82,20 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
     """
     known = generation(capability)
     if known == 90 and streams == 1 and extras == 0 and plain:
-        return _HOPPER_PLAIN
+        return _WIDE
     return (_FULL if extras > 1 else _LIGHT)[known][streams]
 
 
 def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
-    """For the fused gradient: a tile and its logits are alive together, and nothing else is."""
+    """For the fused gradient; arguments as for :func:`statistics_tiling`.
+
+    Nothing is carried from tile to tile, which leaves room for a wide tile on Blackwell too. A soft
+    cap needs raw products and logits at once.
+    """
     known = generation(capability)
-    return (_LIGHT if plain else _FULL)[known][streams]
+    if plain:
+        return _WIDE if known >= 90 and streams == 1 else _LIGHT[known][streams]
+    return _LIGHT[90][3] if known == 90 else _FULL[known][streams]
 
 
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
