@@ -15,10 +15,10 @@ PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print
 NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage bench lint format clean
+.PHONY: help demo test check-kernels coverage bench lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  ARGS='...' is handed on, for example: make test ARGS='-k sequence -x'"
 
 demo: $(STAMPS)/demo ## distil preferences into a small model on this machine and write a report
@@ -26,6 +26,9 @@ demo: $(STAMPS)/demo ## distil preferences into a small model on this machine an
 
 test: $(STAMPS)/dev $(STAMPS)/demo ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+check-kernels: $(STAMPS)/dev ## compile every GPU kernel for every device and read its machine code
+	PAD_KERNELS_CUBINS=all $(BIN)/python -m pytest tests/test_triton_cubins.py $(ARGS)
 
 coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of the package's lines
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95 $(ARGS)

@@ -87,7 +87,7 @@ class TritonBackend:
             if isinstance(statistic, Outcomes):
                 launch, partial = block.outcomes(statistic)
                 _run(logits[0], launch)
-                stats[statistic] += partial.sum(1, dtype=torch.float64)
+                stats[statistic] += partial.sum(1)
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
             _run(logits[0], *block.statistics(first))

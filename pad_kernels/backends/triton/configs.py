@@ -36,7 +36,7 @@ class RowConfig:
 STATISTICS = {1: RowConfig(4, 4), 2: RowConfig(4, 2), 3: RowConfig(4, 1), 4: RowConfig(4, 1)}
 #: Blackwell reads half precision faster than it takes exponentials, and a tile costs one for each
 #: lane besides one for each entry: deeper tiles, fewer of the former.
-STATISTICS_BLACKWELL = {**STATISTICS, 1: RowConfig(4, 8)}
+STATISTICS_BLACKWELL = {**STATISTICS, 1: RowConfig(4, 8), 2: RowConfig(4, 4)}
 #: Nothing is carried from tile to tile here; the limit is what one tile needs.
 GRADIENT = {1: RowConfig(4, 4), 2: RowConfig(4, 2), 3: RowConfig(4, 1), 4: RowConfig(4, 1)}
 #: A divergence of two sweeps takes about 80 instructions and 20 temporaries an entry.

@@ -77,7 +77,7 @@ def row_outcomes(
     heads,  # (scale, softcap, temperature)
     coefficients,  # (5, rows) float32: shifts, inverse sums, log of the sums' ratio
     alpha,
-    partial,  # (2, splits, rows) float32: sums of value and slope
+    partial,  # (2, splits, rows) float64: sums of value and slope
     rows,
     cols,
     tiles,
@@ -107,8 +107,8 @@ def row_outcomes(
         value += tl.sum(v, 0)
         slope += tl.sum(g, 0)
     field = partial + tl.program_id(1) * rows + row
-    tl.store(field, tl.sum(value, 0))
-    tl.store(field + tl.num_programs(1) * rows, tl.sum(slope, 0))
+    tl.store(field, tl.sum(value.to(tl.float64), 0))
+    tl.store(field + tl.num_programs(1) * rows, tl.sum(slope.to(tl.float64), 0))
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "offset", "count", "outside_count"])

@@ -125,7 +125,7 @@ class Block:
         shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
         return tiles, -(-self.cols // (tiles * tile)), shape
 
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.logits[0].device)
 
     def ids(self, name: str) -> Tensor:
@@ -153,7 +153,7 @@ class Block:
         normalizers = [self._normalizer(j) for j in used]
         ids = self.ids(tails[0].ids) if tails else None
         parts = {
-            "partial": self._empty(fields, splits, self.rows),
+            "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
             "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
             "rows": self.rows,
             "offset": self.offset,
@@ -201,7 +201,7 @@ class Block:
         shifts, inverses = columns.streams(self.stats, used)
         assert (shifts, inverses) == ((0, 1), (2, 3))
         columns.log_sums(self.stats, statistic.teacher)
-        partial = self._empty(2, splits, self.rows)
+        partial = self._empty(2, splits, self.rows, dtype=torch.float64)
         launch = Launch(
             gradient.row_outcomes,
             (self.rows, splits),

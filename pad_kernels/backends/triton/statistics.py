@@ -3,8 +3,8 @@
 A program walks its part of one row in tiles of DEPTH x LANES entries, LANES being one 16-byte
 access for each thread. Every lane keeps statistics of its own, relative to its own maximum: no
 thread waits for another until the end, a tile costs one exponential per entry and one per lane, and
-no float32 sum runs over more than a lane's share of the row. The lanes are joined at the end; the
-parts of a row by a second kernel, in double, so that the order is fixed.
+no float32 sum runs over more than a lane's share of the row. The lanes are joined at the end, in
+double; the parts of a row by a second kernel, so that the order is fixed.
 """
 
 from __future__ import annotations
@@ -121,10 +121,13 @@ def move_moments(
 
 @triton.jit
 def store_normalizer(field, step, maximum, total):
-    """Join the lanes of a (max, sum) and store the two, `step` apart; the joined maximum."""
+    """Join the lanes of a (max, sum) and store the two, `step` apart; the joined maximum.
+
+    In double: the divergence of nearly equal models is a difference of two such sums.
+    """
     joined = tl.max(maximum, 0)
     tl.store(field, joined)
-    tl.store(field + step, tl.sum(total * rescale(maximum, joined), 0))
+    tl.store(field + step, tl.sum((total * rescale(maximum, joined)).to(tl.float64), 0))
     return joined
 
 
@@ -141,7 +144,7 @@ def store_lanes(
     field += len(maxima) * step
     moved = move_moments(moments, sums, scales, maxima, whole, WEIGHTS, COEFFICIENTS)
     for k in tl.static_range(len(WEIGHTS)):
-        tl.store(field, tl.sum(moved[k], 0))
+        tl.store(field, tl.sum(moved[k].to(tl.float64), 0))
         field += step
     return field
 
@@ -154,7 +157,7 @@ def row_statistics(
     heads,  # of each stream (scale, softcap, temperature)
     ids,  # (rows, count) int64, ascending: the entries that the tail leaves out, or None
     count,
-    partial,  # (fields, splits, rows) float32: what merge_statistics reads
+    partial,  # (fields, splits, rows) float64: what merge_statistics reads
     best,  # (splits, rows) int32, the largest entry's column, or None
     rows,
     cols,
@@ -214,7 +217,7 @@ def row_statistics(
     step = tl.num_programs(1) * rows
     field = store_lanes(field, step, maxima, sums, moments, WEIGHTS, COEFFICIENTS)
     if TOTAL:
-        tl.store(field, tl.sum(total, 0))
+        tl.store(field, tl.sum(total.to(tl.float64), 0))
         field += step
     if ids is not None:
         store_normalizer(field, step, tail_maximum, tail_sum)
@@ -253,7 +256,7 @@ def load_fields(field, step, row, inside, COUNT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "splits", "offset"])
 def merge_statistics(
-    partial,  # (fields, splits, rows): maxima, sums and moments, [total], [tail's maximum, sum],
+    partial,  # (fields, splits, rows) float64: maxima, sums and moments, [total], [tail's maximum, sum],
     # [the largest entry]
     best,  # (splits, rows) int32, or None
     maxima,  # of each stream (rows,) float64, and likewise those that follow
