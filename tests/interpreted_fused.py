@@ -204,13 +204,18 @@ class Rounded:
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the fused steps that ran."""
     calls: list[str] = []
-    for name in ("plan_statistics", "plan_gradient"):
 
-        def spy(*arguments: Any, original: Any = getattr(fused, name), name: str = name) -> Any:
+    def watch(name: str) -> None:
+        original = getattr(fused, name)
+
+        def spy(*arguments: Any) -> Any:
             calls.append(name)
             return original(*arguments)
 
         monkeypatch.setattr(triton_backend, name, spy)
+
+    watch("plan_statistics")
+    watch("plan_gradient")
     return calls
 
 

@@ -81,8 +81,8 @@ class TritonBackend:
         block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
         if not block.rows:
             return
-        for statistic in largest:
-            _run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[statistic]))
+        for top in largest:
+            _run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[top]))
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 launch, partial = block.outcomes(statistic)

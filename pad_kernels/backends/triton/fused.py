@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
@@ -203,18 +204,21 @@ def statistics_launches(
 ) -> tuple[Launch, Launch]:
     """The two launches that fill ``stats``; ``partial`` is [splits, slots, rows] float64."""
     rows, vocab = operands.shape
-    split_cols = -(-(-(-vocab // tiling.cols)) // partial.shape[0]) * tiling.cols
-    splits = -(-vocab // split_cols)
+    split_cols = cdiv(cdiv(vocab, tiling.cols), partial.shape[0]) * tiling.cols
+    splits = cdiv(vocab, split_cols)
     ids, picks = None, None
     if measured.picked is not None:
         ids, target = stats.inputs[measured.picked.ids].contiguous(), stats[measured.picked]
         picks = target, ids.shape[1], target.stride(0)
     measure = Launch(
         fused_statistics_kernel,
-        (-(-rows // tiling.rows) * splits,),
+        (cdiv(rows, tiling.rows) * splits,),
         {
             **operands.arguments(tiling, tma=tma),
-            **{"ids": ids, "picks": picks, "partial": partial, "split_cols": split_cols},
+            "ids": ids,
+            "picks": picks,
+            "partial": partial,
+            "split_cols": split_cols,
         },
         {**measured.constants, **operands.constants(tiling, tma=tma)},
         tiling.warps,
@@ -223,7 +227,7 @@ def statistics_launches(
     targets = tuple(stats[s][i] if s in stats else None for s, i in measured.slots)
     merge = Launch(
         merge_splits_kernel,
-        (-(-rows // MERGE_ROWS),),
+        (cdiv(rows, MERGE_ROWS),),
         {"partial": partial, "targets": targets, "rows": rows, "splits": splits},
         {**measured.constants, "STREAMS": len(measured.streams), "BLOCK_M": MERGE_ROWS},
     )
@@ -275,8 +279,8 @@ def plan_statistics(
     )
     slots = len(measured.slots)
     splits = choose_splits(
-        -(-rows // tiling.rows),
-        -(-vocab // tiling.cols),
+        cdiv(rows, tiling.rows),
+        cdiv(vocab, tiling.cols),
         device.multiprocessors,
         tiling.group,
         len(hidden) * chunk * problem.recipe.gemm.itemsize // (slots * 8),
@@ -330,7 +334,7 @@ def gradient_launch(
         "offset": offset,
     }
     rows, cols = operands.shape
-    grid = (-(-rows // tiling.rows) * -(-cols // tiling.cols),)
+    grid = (cdiv(rows, tiling.rows) * cdiv(cols, tiling.cols),)
     return Launch(fused_gradient_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
 
 
