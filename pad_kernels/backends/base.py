@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pad_kernels._checks import fail_value
 from pad_kernels.backends.registry import native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
 from pad_kernels.heads import HeadOptions
@@ -58,6 +59,51 @@ class Backend(Protocol):
         ``out`` may be the student's logits. With a filter ``bound`` > 0 the largest magnitudes of
         each column tile are returned.
         """
+        ...
+
+
+@runtime_checkable
+class FusedBackend(Protocol):
+    """What a backend may offer besides: products and row work in one, no logits in memory."""
+
+    def fuses(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        chunk: int,
+    ) -> bool:
+        """Whether it does so for these statistics, and the gradient that goes with them.
+
+        Both or none: a gradient has to see logits that were rounded as those of its statistics.
+        ``chunk`` is how many logits of every row and stream the plan has room for.
+        """
+        ...
+
+    def measure_products(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        workspace: Workspace,
+        chunk: int,
+    ) -> None:
+        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H]."""
+        ...
+
+    def differentiate_products(
+        self,
+        problem: Problem,
+        out: Tensor,
+        hidden: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        """As :meth:`Backend.gradient`, from hidden states [rows, H] instead of logits."""
         ...
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import Backend, get_backend
+from pad_kernels.backends.base import Backend, FusedBackend, get_backend
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Part, Problem
@@ -99,6 +99,15 @@ class Pass:
         if rest:
             self.backend.measure(self.problem, stats, rest, logits, offset)
 
+    def fused(self, part: Part, stats: RowStats, hidden: dict[int, Tensor]) -> FusedBackend | None:
+        """The backend, if it has products and row work in one for these rows."""
+        backend = self.backend
+        if not isinstance(backend, FusedBackend) or any(c is not None for c in self.copies):
+            return None
+        wanted = list(self.problem.recipe.measured(part.functionals))
+        fuses = backend.fuses(self.problem, stats, wanted, hidden, self.plan.vocab_block)
+        return backend if fuses else None
+
     def _picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""
         student = self.problem.streams[0]
@@ -170,8 +179,12 @@ def _over_vocabulary(
     if start == stop:
         return
     hidden = run.hidden(part, start, stop, room)
-    flat = run.logit_room(most, cols)
     rows = stats.rows(start, stop)
+    if (fused := run.fused(part, rows, hidden)) is not None:
+        wanted = list(run.problem.recipe.measured(part.functionals))
+        fused.measure_products(run.problem, rows, wanted, hidden, run.workspace, cols)
+        return
+    flat = run.logit_room(most, cols)
     for a, b in blocks(run.problem.recipe.vocab, cols):
         logits = {
             j: flat[j][: (stop - start) * (b - a)].view(stop - start, b - a) for j in part.streams
@@ -276,7 +289,8 @@ def differentiate_vocabulary(
                 of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
                 part_stats = stats.rows(a, b)
                 gradient = _gradient(problem, part, grad[:, a:b], part_stats)
-                pieces.append(_Piece(a, b, of_rows, part_stats, gradient))
+                fused = None if b <= held else run.fused(part, part_stats, of_rows)
+                pieces.append(_Piece(a, b, of_rows, part_stats, gradient, fused))
     room = run.logit_room(rows, plan.vocab_block)
     bound = plan.filter * float(grad.abs().max()) if plan.filter else 0.0
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
@@ -284,14 +298,18 @@ def differentiate_vocabulary(
         peaks = None
         for piece in pieces:
             logits = {j: chunk[j][piece.start : piece.stop] for j in piece.hidden}
-            source = logits
-            if piece.stop <= held and kept is not None:
-                source = {j: kept[j, piece.start : piece.stop, a:b] for j in piece.hidden}
+            arguments = piece.stats, piece.gradient, bound
+            if piece.fused is not None:
+                found = piece.fused.differentiate_products(
+                    problem, logits[0], piece.hidden, a, *arguments
+                )
             else:
-                run.logits(piece.hidden, a, b, logits)
-            found = run.backend.gradient(
-                problem, logits[0], source, a, piece.stats, piece.gradient, bound
-            )
+                source = logits
+                if piece.stop <= held and kept is not None:
+                    source = {j: kept[j, piece.start : piece.stop, a:b] for j in piece.hidden}
+                else:
+                    run.logits(piece.hidden, a, b, logits)
+                found = run.backend.gradient(problem, logits[0], source, a, *arguments)
             if found is not None:
                 peaks = found if peaks is None else torch.maximum(peaks, found)
         out.add_columns(run, chunk[0], student, (a, b), column_runs(peaks, bound, b - a))
@@ -306,6 +324,7 @@ class _Piece:
     hidden: dict[int, Tensor]
     stats: RowStats
     gradient: LogitGradient
+    fused: FusedBackend | None  # makes their gradient without logits
 
 
 def saved_statistics(problem: Problem) -> tuple[Statistic, ...]:

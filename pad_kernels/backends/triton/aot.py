@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Compute capabilities that the kernels are checked for: Ampere, Hopper, Blackwell.
 CAPABILITIES = (80, 90, 100)
@@ -110,6 +111,8 @@ def _type_of(
     if value is None or (isinstance(value, int) and value == 1 and not plain):
         known[path] = value
         return "constexpr"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
         aligned = value.device.type == "meta" or value.data_ptr() % 16 == 0
         kind = "*" + _TYPES[value.dtype]

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from pad_kernels.backends.base import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
+from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
+from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
+    Largest,
     Moment,
     Normalizer,
     Picked,
@@ -70,12 +74,15 @@ class TritonBackend:
         logits: dict[int, Tensor],
         offset: int,
     ) -> None:
-        if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
-            others = [s for s in wanted if s not in ours]
+        largest = [s for s in wanted if isinstance(s, Largest) and s.k <= MOST]
+        ours = [s for s in wanted if isinstance(s, _KNOWN)]
+        if others := [s for s in wanted if s not in ours and s not in largest]:
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
         block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
         if not block.rows:
             return
+        for top in largest:
+            _run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[top]))
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 launch, partial = block.outcomes(statistic)
@@ -84,6 +91,42 @@ class TritonBackend:
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
             _run(logits[0], *block.statistics(first))
+
+    def fuses(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        chunk: int,
+    ) -> bool:
+        return fusable(problem, stats, wanted, hidden, chunk) is not None
+
+    def measure_products(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        hidden: dict[int, Tensor],
+        workspace: Workspace,
+        chunk: int,
+    ) -> None:
+        launches = plan_statistics(problem, stats, wanted, hidden, workspace, chunk)
+        _run(hidden[0], *launches)
+
+    def differentiate_products(
+        self,
+        problem: Problem,
+        out: Tensor,
+        hidden: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        peaks = _peaks(out, bound)
+        _run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
+        return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
         self,
@@ -95,13 +138,18 @@ class TritonBackend:
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        peaks = None
-        if bound > 0:
-            peaks = out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
+        peaks = _peaks(out, bound)
         block = Block(problem, stats, logits, offset, Device.of(out.device))
         if block.rows:
             _run(out, block.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
+
+
+def _peaks(out: Tensor, bound: float) -> Tensor | None:
+    """Room for the bits of the largest magnitudes of the filter's tiles, if it is on."""
+    if bound <= 0:
+        return None
+    return out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
 
 
 def _run(like: Tensor, *launches: Launch) -> None:

@@ -44,11 +44,12 @@ class Launch:
     arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
         """How it is compiled: without fused multiply-adds, see math.py."""
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
     def run(self) -> None:
         """Put it on the current stream of the current device."""
@@ -80,7 +81,8 @@ def head_kind(head: HeadOptions) -> int:
     return math.IDENTITY if plain else math.LINEAR
 
 
-def _numbers(head: HeadOptions) -> tuple[float, float, float]:
+def head_numbers(head: HeadOptions) -> tuple[float, float, float]:
+    """Scale, soft cap (0 for none) and temperature."""
     return (head.logit_scale, head.softcap or 0.0, head.temperature)
 
 
@@ -107,7 +109,7 @@ class Block:
             "logits": tuple(self.logits[j] for j in used),
             "strides": tuple(self.logits[j].stride(0) for j in used),
             "biases": tuple(None if b is None else b[self.offset : stop] for b in biases),
-            "heads": tuple(_numbers(self.problem.streams[j].head) for j in used),
+            "heads": tuple(head_numbers(self.problem.streams[j].head) for j in used),
             "rows": self.rows,
             "cols": self.cols,
         }
@@ -195,7 +197,7 @@ class Block:
         """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
         used = [0, statistic.teacher]
         tiles, splits, shape = self._split(configs.OUTCOMES)
-        columns = _Columns()
+        columns = Columns()
         shifts, inverses = columns.streams(self.stats, used)
         assert (shifts, inverses) == ((0, 1), (2, 3))
         columns.log_sums(self.stats, statistic.teacher)
@@ -224,7 +226,7 @@ class Block:
         curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
         read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
         used = sorted(read)
-        columns = _Columns()
+        columns = Columns()
         shifts, inverses = columns.streams(self.stats, used)
         config = configs.gradient_config(len(used), bool(curved))
         tiles, splits, shape = self._split(config)
@@ -264,7 +266,7 @@ class Block:
         )
 
 
-class _Columns:
+class Columns:
     """Per-row numbers side by side, and the place of each; -1 is the place of none."""
 
     def __init__(self) -> None:
@@ -328,6 +330,6 @@ def transform(head: HeadOptions, values: Tensor) -> Launch:
     return Launch(
         gradient.transform_values,
         (max(-(-values.numel() // _VALUES), 1),),
-        {"values": values, "head": _numbers(head), "numel": values.numel()},
+        {"values": values, "head": head_numbers(head), "numel": values.numel()},
         {"KIND": head_kind(head), "BLOCK": _VALUES},
     )

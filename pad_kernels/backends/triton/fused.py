@@ -1,0 +1,357 @@
+"""Launches of the fused kernels: what they can measure, their arguments and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import cdiv
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
+from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
+from pad_kernels.backends.triton.launch import Columns, Device, Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.math import IDENTITY
+from pad_kernels.backends.triton.tilings import (
+    MERGE_ROWS,
+    MOST_STREAMS,
+    Tiling,
+    choose_splits,
+    gradient_tiling,
+    statistics_tiling,
+)
+from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.workspace import Workspace
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    RowStats,
+    Statistic,
+    Total,
+)
+from pad_kernels.heads import HeadOptions
+
+#: Ids a row whose logits are picked on the way. Each costs a look at every tile: more of them are
+#: cheaper to gather from a block of logits.
+MOST_PICKED = 32
+_KNOWN = (Normalizer, Moment, Total, Argmax, Picked)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Which statistics a launch measures.
+
+    Args:
+        streams: the streams' numbers in the recipe.
+        moments: the moments among the wanted statistics.
+        total: whether the sum of the student's logits is wanted.
+        argmax: whether the greedy token is.
+        picked: the picked logits, if any.
+    """
+
+    streams: tuple[int, ...]
+    moments: tuple[Moment, ...]
+    total: bool
+    argmax: bool
+    picked: Picked | None
+
+    @staticmethod
+    def of(
+        streams: Sequence[int], wanted: Sequence[Statistic], inputs: Mapping[str, Tensor]
+    ) -> Measured | None:
+        """What to measure; None if not all of it can stay on the chip."""
+        picked = [s for s in wanted if isinstance(s, Picked)]
+        known = all(isinstance(s, _KNOWN) for s in wanted)
+        if not known or len(picked) > 1 or len(streams) > MOST_STREAMS:
+            return None
+        if picked and inputs[picked[0].ids].shape[1] > MOST_PICKED:
+            return None
+        moments = tuple(s for s in wanted if isinstance(s, Moment))
+        total, argmax = Total() in wanted, Argmax() in wanted
+        return Measured(tuple(streams), moments, total, argmax, picked[0] if picked else None)
+
+    @property
+    def extras(self) -> int:
+        """How much there is besides normalisers."""
+        return len(self.moments) + self.total + self.argmax
+
+    @property
+    def slots(self) -> list[tuple[Statistic, int]]:
+        """(statistic, which of its numbers) of each number of a state, in the kernels' order."""
+        found: list[tuple[Statistic, int]] = []
+        found += [(Normalizer(j), 0) for j in self.streams]
+        found += [(Normalizer(j), 1) for j in self.streams]
+        found += [(moment, 0) for moment in self.moments]
+        found += [(Total(), 0)] * self.total
+        found += [(Argmax(), 0)] * self.argmax
+        return found
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants that both kernels share."""
+        padded = [(*m.coefficients, *[0.0] * (max(self.streams) + 1)) for m in self.moments]
+        return {
+            "WEIGHTS": tuple(self.streams.index(m.stream) for m in self.moments),
+            "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in self.streams),
+            "TOTAL": self.total,
+            "ARGMAX": self.argmax,
+        }
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The matrices and heads of some streams, for some rows, as kernels take them."""
+
+    hidden: list[Tensor]  # (rows, H) for each stream
+    weight: list[Tensor]  # (V, H)
+    biases: tuple[Tensor | None, ...]  # (V,) float32
+    heads: list[HeadOptions]
+
+    @staticmethod
+    def of(problem: Problem, hidden: dict[int, Tensor]) -> Operands:
+        """Of the streams that ``hidden`` has."""
+        used = [problem.streams[j] for j in hidden]
+        return Operands(
+            list(hidden.values()),
+            [s.weight for s in used],
+            tuple(s.bias for s in used),
+            [s.head for s in used],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, vocabulary)."""
+        return self.hidden[0].shape[0], self.weight[0].shape[0]
+
+    @property
+    def readable(self) -> bool:
+        """Whether kernels can read every matrix 16 bytes at a time, in half precision.
+
+        Triton knows of a size or stride whether 16 divides it, and the copy engine wants rows that
+        start at multiples of 16 bytes.
+        """
+        dtype = self.hidden[0].dtype
+        return dtype in (torch.bfloat16, torch.float16) and all(
+            x.dtype == dtype
+            and x.stride(1) == 1
+            and x.shape[1] % 16 == 0
+            and x.stride(0) % 16 == 0
+            and (x.device.type == "meta" or x.data_ptr() % 16 == 0)
+            for x in (*self.hidden, *self.weight)
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether no head transforms its logits."""
+        return all(head_kind(head) == IDENTITY for head in self.heads)
+
+    def cut(self, start: int, stop: int) -> Operands:
+        """The same streams, vocabulary entries start to stop."""
+        return Operands(
+            self.hidden,
+            [w[start:stop] for w in self.weight],
+            tuple(None if b is None else b[start:stop] for b in self.biases),
+            self.heads,
+        )
+
+    def arguments(self, tiling: Tiling, *, tma: bool) -> dict[str, Any]:
+        """Arguments that the kernels share."""
+        found: dict[str, Any] = {}
+        for name, matrices, size in (
+            ("hidden", self.hidden, tiling.rows),
+            ("weight", self.weight, tiling.cols),
+        ):
+            for j in range(MOST_STREAMS):
+                x = matrices[j] if j < len(matrices) else None
+                if x is not None and tma:
+                    box = [size, tiling.depth]
+                    x = TensorDescriptor(x, list(x.shape), list(x.stride()), box)
+                found[f"{name}{j}"] = x
+        pairs = zip(self.hidden, self.weight, strict=True)
+        found["biases"] = self.biases
+        found["shapes"] = tuple((h.shape[1], h.stride(0), w.stride(0)) for h, w in pairs)
+        found["heads"] = tuple(head_numbers(head) for head in self.heads)
+        found["rows"], found["vocab"] = self.shape
+        return found
+
+    def constants(self, tiling: Tiling, *, tma: bool) -> dict[str, Any]:
+        """Constants that the kernels share."""
+        return {
+            "KINDS": tuple(head_kind(head) for head in self.heads),
+            "BLOCK_M": tiling.rows,
+            "BLOCK_N": tiling.cols,
+            "BLOCK_K": tiling.depth,
+            "GROUP": tiling.group,
+            "TMA": tma,
+        }
+
+
+def statistics_launches(
+    measured: Measured,
+    operands: Operands,
+    tiling: Tiling,
+    stats: RowStats,
+    partial: Tensor,
+    *,
+    tma: bool,
+) -> tuple[Launch, Launch]:
+    """The two launches that fill ``stats``; ``partial`` is [splits, slots, rows] float64."""
+    rows, vocab = operands.shape
+    split_cols = cdiv(cdiv(vocab, tiling.cols), partial.shape[0]) * tiling.cols
+    splits = cdiv(vocab, split_cols)
+    ids, picks = None, None
+    if measured.picked is not None:
+        ids, target = stats.inputs[measured.picked.ids].contiguous(), stats[measured.picked]
+        picks = target, ids.shape[1], target.stride(0)
+    measure = Launch(
+        fused_statistics_kernel,
+        (cdiv(rows, tiling.rows) * splits,),
+        {
+            **operands.arguments(tiling, tma=tma),
+            "ids": ids,
+            "picks": picks,
+            "partial": partial,
+            "split_cols": split_cols,
+        },
+        {**measured.constants, **operands.constants(tiling, tma=tma)},
+        tiling.warps,
+        tiling.stages,
+    )
+    targets = tuple(stats[s][i] if s in stats else None for s, i in measured.slots)
+    merge = Launch(
+        merge_splits_kernel,
+        (cdiv(rows, MERGE_ROWS),),
+        {"partial": partial, "targets": targets, "rows": rows, "splits": splits},
+        {**measured.constants, "STREAMS": len(measured.streams), "BLOCK_M": MERGE_ROWS},
+    )
+    return measure, merge
+
+
+def fusable(
+    problem: Problem,
+    stats: RowStats,
+    wanted: Sequence[Statistic],
+    hidden: dict[int, Tensor],
+    chunk: int,
+) -> Measured | None:
+    """What the fused kernels measure of the recipe; None if they leave it to the row passes.
+
+    The answer is the same in forward and backward: a gradient must see logits that are rounded as
+    those of the statistics were, and the row passes' are rounded to half precision. A functional
+    whose statistics are all known here has a gradient of the linear form.
+
+    Args:
+        chunk: vocabulary entries of a block of logits in the plan; it bounds the workspace.
+    """
+    measured = Measured.of(list(hidden), wanted, stats.inputs)
+    if measured is None or not Operands.of(problem, hidden).readable:
+        return None
+    room = len(hidden) * chunk * problem.recipe.gemm.itemsize
+    return measured if len(measured.slots) * 8 <= room else None
+
+
+def plan_statistics(
+    problem: Problem,
+    stats: RowStats,
+    wanted: Sequence[Statistic],
+    hidden: dict[int, Tensor],
+    workspace: Workspace,
+    chunk: int,
+) -> tuple[Launch, Launch]:
+    """Launches that fill ``stats`` over the whole vocabulary.
+
+    Partial statistics take no more workspace than ``chunk`` logits of every row and stream.
+    """
+    measured = fusable(problem, stats, wanted, hidden, chunk)
+    assert measured is not None
+    operands = Operands.of(problem, hidden)
+    rows, vocab = operands.shape
+    device = Device.of(problem.device)
+    tiling = statistics_tiling(
+        device.capability, len(hidden), measured.extras, plain=operands.plain
+    )
+    slots = len(measured.slots)
+    splits = choose_splits(
+        cdiv(rows, tiling.rows),
+        cdiv(vocab, tiling.cols),
+        device.multiprocessors,
+        tiling.group,
+        len(hidden) * chunk * problem.recipe.gemm.itemsize // (slots * 8),
+    )
+    partial = workspace.empty(splits, slots, rows, dtype=torch.float64)
+    copies = device.capability >= 90
+    return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
+
+
+def gradient_launch(
+    operands: Operands,
+    used: Sequence[int],
+    tiling: Tiling,
+    stats: RowStats,
+    terms: LogitGradient,
+    out: Tensor,
+    offset: int,
+    peaks: Tensor | None,
+    *,
+    tma: bool,
+) -> Launch:
+    """The launch that writes dL/dz of a block to ``out`` [rows, cols].
+
+    Args:
+        operands: of the streams ``used``, their weights and biases cut to the block.
+        offset: vocabulary id of the block's first entry.
+        peaks: receives the largest magnitudes of FILTER_TILE columns, as int32 bits.
+    """
+    columns = Columns()
+    shifts, inverses = columns.streams(stats, used)
+    constants = {
+        **operands.constants(tiling, tma=tma),
+        "SHIFTS": shifts,
+        "INVERSES": inverses,
+        "CONSTANT": columns.add(terms.constant),
+        "STUDENT": columns.add(terms.student),
+        "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
+        "SHARES": tuple(columns.share(stats, j, terms.probabilities) for j in used),
+        "FILTER": FILTER_TILE,
+    }
+    constants["FIELDS"] = columns.count
+    sparse = None
+    if (listed := terms.sorted_sparse()) is not None:
+        sparse = listed[0], listed[1].float(), listed[0].shape[1]
+    arguments = {
+        **operands.arguments(tiling, tma=tma),
+        "out": (out, out.stride(0)),
+        "coefficients": columns.packed(),
+        "sparse": sparse,
+        "peaks": peaks,
+        "offset": offset,
+    }
+    rows, cols = operands.shape
+    grid = (cdiv(rows, tiling.rows) * cdiv(cols, tiling.cols),)
+    return Launch(fused_gradient_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
+
+
+def plan_gradient(
+    problem: Problem,
+    out: Tensor,
+    hidden: dict[int, Tensor],
+    offset: int,
+    stats: RowStats,
+    terms: LogitGradient,
+    peaks: Tensor | None,
+) -> Launch:
+    """The launch for a block of logits, of the streams that the gradient reads."""
+    used = sorted({0, *terms.moments, *terms.probabilities})
+    operands = Operands.of(problem, {j: hidden[j] for j in used})
+    operands = operands.cut(offset, offset + out.shape[1])
+    device = Device.of(problem.device)
+    tiling = gradient_tiling(device.capability, len(used), plain=operands.plain)
+    copies = device.capability >= 90
+    return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)

@@ -1,0 +1,109 @@
+"""The gradient of a block of logits straight from hidden states: logits never reach memory.
+
+A program multiplies one tile, forms dL/dz in registers from the rows' finished statistics and
+coefficients, and writes it in half precision to the block that the library's two products then
+read. It does not accumulate hidden or weight gradients itself: a tile of 128 rows x H float32 is
+2 MiB at H = 4096, ten times what a multiprocessor holds, and splitting H over programs would
+multiply every tile once more for each part, 2 N V H flops, where writing and reading a tile once
+costs 4 bytes for every 6 H flops of its entry. What is saved against a pass over a block of
+logits is their way through memory, one write and one read for each stream, and their rounding:
+float32 sums are what the fused statistics saw.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pad_kernels.backends.triton.gradient import dense_part
+from pad_kernels.backends.triton.math import head_slope
+from pad_kernels.backends.triton.tiles import logit_tiles, place
+
+
+@triton.jit
+def fused_gradient_kernel(
+    hidden0,  # (rows, H0): a descriptor of BLOCK_M x BLOCK_K tiles, or a pointer
+    hidden1,
+    hidden2,
+    weight0,  # (vocab, H0): a descriptor of BLOCK_N x BLOCK_K tiles, or a pointer
+    weight1,
+    weight2,
+    biases,  # for each stream (vocab,) float32, or None
+    shapes,  # for each stream (H, stride of hidden, stride of weight)
+    heads,  # for each stream (scale, softcap, temperature)
+    out,  # (pointer to (rows, vocab), its stride)
+    coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
+    sparse,  # (ids (rows, count) int64, values (rows, count) float32, count), or None
+    peaks,  # bits of the largest magnitude of each FILTER columns, int32, or None
+    rows,
+    vocab,  # of this block, as are the weights
+    offset,  # vocabulary id of the block's first column
+    KINDS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    INVERSES: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    STUDENT: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    SHARES: tl.constexpr,
+    FILTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The derivative by the student's raw products of one tile, chain factor included."""
+    tile, part = place(rows, tl.cdiv(vocab, BLOCK_N), BLOCK_M, GROUP)
+    row, col = tile * BLOCK_M, part * BLOCK_N
+    x, raw = logit_tiles(
+        (hidden0, hidden1, hidden2),
+        (weight0, weight1, weight2),
+        biases,
+        shapes,
+        heads,
+        row,
+        col,
+        rows,
+        vocab,
+        KINDS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        TMA,
+    )
+    at = row + tl.arange(0, BLOCK_M)
+    c = ()
+    for i in tl.static_range(FIELDS):
+        c += (tl.load(coefficients + i * rows + at, at < rows, other=0.0)[:, None],)
+    d = dense_part(x, c, SHIFTS, INVERSES, STUDENT, MOMENTS, SHARES)
+    if CONSTANT >= 0:
+        d += c[CONSTANT]
+    if sparse is not None:
+        d = _scattered(d, sparse, at, rows, col + offset, BLOCK_N)
+    d *= head_slope(raw, heads[0], KINDS[0])
+    cols = col + tl.arange(0, BLOCK_N)
+    inside = (at < rows)[:, None] & (cols < vocab)[None, :]
+    stored = d.to(out[0].dtype.element_ty)
+    tl.store(out[0] + at.to(tl.int64)[:, None] * out[1] + cols[None, :], stored, inside)
+    if peaks is not None:
+        # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in any
+        # order, so that the atomic is deterministic.
+        bits = tl.abs(stored.to(tl.float32)).to(tl.int32, bitcast=True)
+        most = tl.max(tl.max(tl.where(inside, bits, 0), 1), 0)
+        tl.atomic_max(peaks + col // FILTER, most)
+
+
+@triton.jit
+def _scattered(d, sparse, at, rows, first, BLOCK_N: tl.constexpr):
+    """A tile with the sparse entries that lie in it added; ``first`` is its first id."""
+    ids = sparse[0] + at.to(tl.int64) * sparse[2]
+    values = sparse[1] + at.to(tl.int64) * sparse[2]
+    for _ in range(sparse[2]):
+        wanted = tl.load(ids, at < rows, other=-1).to(tl.int32) - first
+        added = tl.load(values, at < rows, other=0.0)
+        hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
+        d += tl.where(hit, added[:, None], 0.0)
+        ids += 1
+        values += 1
+    return d

@@ -1,0 +1,115 @@
+"""Block sizes of the kernels that multiply: data, with the reason of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of a kernel that multiplies.
+
+    Args:
+        rows: token rows of a tile.
+        cols: vocabulary entries of a tile.
+        depth: hidden features of one step of the product.
+        warps: of a program.
+        stages: steps whose tiles are under way at a time.
+        group: token tiles that run side by side, see ``tiles.place``.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 16
+
+
+# Accumulators of all streams are in registers at once and 8 warps have 64 Ki of them: a tile of
+# 128 x 256 float32 takes half, and the epilogue needs most of the rest. So tiles shrink with every
+# stream, and again if more than one moment, sum or greedy token is wanted (``_FULL``): the largest
+# that the compiler fits into 255 registers a thread. A group of 16 token tiles of 128 rows has
+# 16 MiB of hidden states at H = 4096 in half precision, which stay in the L2 cache (40 MiB on an
+# A100, 50 on an H100) while the weight goes by. By generation, then streams.
+_LIGHT = {
+    # Steps of 32 features: four stages are 64 KiB, so that two programs share a multiprocessor.
+    80: {
+        1: Tiling(128, 128, 32, 8, 4),
+        2: Tiling(128, 64, 32, 8, 4),
+        3: Tiling(128, 64, 32, 8, 4),
+    },
+    # wgmma reads both operands from shared memory: 128 entries a step keep it fed, 64 nearly do.
+    90: {
+        1: Tiling(128, 128, 64, 8, 4),
+        2: Tiling(128, 128, 64, 8, 4),
+        3: Tiling(128, 64, 64, 8, 4),
+    },
+    # Accumulators are in tensor memory, but come through registers whole.
+    100: {
+        1: Tiling(128, 128, 64, 8, 4),
+        2: Tiling(128, 64, 64, 8, 4),
+        3: Tiling(128, 64, 64, 8, 4),
+    },
+}
+_FULL = {
+    80: {1: _LIGHT[80][2], 2: _LIGHT[80][2], 3: Tiling(64, 64, 32, 8, 4)},
+    90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
+    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: Tiling(128, 32, 64, 8, 4)},
+}
+#: One stream without a head transform and nothing besides: the widest instructions.
+_WIDE = Tiling(128, 256, 64, 8, 3)
+
+#: Streams of one kernel.
+MOST_STREAMS = 3
+#: Rows of a program that merges vocabulary splits.
+MERGE_ROWS = 128
+
+
+def generation(capability: int) -> int:
+    """The generation whose block sizes fit: Ampere's are small enough for every other device."""
+    return capability if capability in (90, 100) else 80
+
+
+def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool) -> Tiling:
+    """For fused statistics.
+
+    Args:
+        capability: 90 for sm_90.
+        streams: whose logits are computed.
+        extras: moments, sums and greedy tokens that are wanted besides normalisers.
+        plain: whether no head transforms its logits.
+    """
+    known = generation(capability)
+    if known == 90 and streams == 1 and extras == 0 and plain:
+        return _WIDE
+    return (_FULL if extras > 1 else _LIGHT)[known][streams]
+
+
+def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
+    """For the fused gradient; arguments as for :func:`statistics_tiling`.
+
+    Nothing is carried from tile to tile, which leaves room for a wide tile on Blackwell too. A soft
+    cap needs raw products and logits at once.
+    """
+    known = generation(capability)
+    if plain:
+        return _WIDE if known >= 90 and streams == 1 else _LIGHT[known][streams]
+    return _LIGHT[90][3] if known == 90 else _FULL[known][streams]
+
+
+def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
+    """Into how many parts to split the vocabulary, at most ``most``.
+
+    At least so many that one group of token tiles keeps every processor busy; among up to four
+    times that, the number that leaves the fewest idle in the last round.
+    """
+    least = -(-processors // min(group, row_tiles))
+    most = max(min(most, col_tiles), 1)
+
+    def steps(splits: int) -> int:
+        """Column tiles that the busiest processor goes through."""
+        return -(-row_tiles * splits // processors) * -(-col_tiles // splits)
+
+    candidates = range(min(least, most), min(4 * least, most) + 1)
+    return min(candidates, key=lambda splits: (steps(splits), splits))

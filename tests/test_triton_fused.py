@@ -1,0 +1,196 @@
+"""The fused Triton kernels: run by the interpreter, and compiled for devices that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+# isort: split
+from pad_kernels.backends.triton import fused, topk
+from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
+from pad_kernels.backends.triton.launch import Launch
+from pad_kernels.backends.triton.tilings import choose_splits, gradient_tiling, statistics_tiling
+from pad_kernels.engine.problem import Stream
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    Statistic,
+    Total,
+    empty_stats,
+)
+from pad_kernels.heads import HeadOptions
+
+HERE = Path(__file__).parent
+#: What computes a matrix product on the tensor cores of a generation.
+TENSOR_CORES = {80: r"HMMA[.\w]*", 90: r"HGMMA[.\w]*", 100: r"UTC[HQ]MMA[.\w]*"}
+PLAIN, CAPPED = HeadOptions(), HeadOptions(30.0, 0.9, 0.7)
+ENTROPY = Moment(0, (1.0,))
+FORWARD, REVERSE = Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0))
+ADVANTAGE = Moment(0, (0.0, 1.0, -1.0))
+#: Streams, statistics, head: what ops ask for, the lightest and the heaviest of each kind.
+ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
+    "logprob": (1, (Picked("labels"),), PLAIN),
+    "logprob_capped": (1, (Picked("labels"),), CAPPED),
+    "token_stats": (1, (Picked("labels"), ENTROPY, Total(), Argmax()), CAPPED),
+    "forward_kl": (2, (FORWARD,), PLAIN),
+    "distill": (2, (Picked("labels"), FORWARD, REVERSE, ENTROPY), CAPPED),
+    "advantage": (3, (ADVANTAGE,), PLAIN),
+    "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+}
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """In a process of its own: the interpreter is switched on before triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        [*command, str(HERE / "interpreted_fused.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+
+
+def statistics_launches(
+    name: str, capability: int, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[Launch, Launch]:
+    """The launches of an op at (N, V, H), without a device."""
+    count, wanted, head = ASKED[name]
+    rows, vocab, size = shape
+    with torch.device("meta"):
+        operands = fused.Operands(
+            [torch.empty(rows, size, dtype=dtype) for _ in range(count)],
+            [torch.empty(vocab, size, dtype=dtype) for _ in range(count)],
+            tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
+            [head] * count,
+        )
+        inputs = {"labels": torch.empty(rows, 1, dtype=torch.int64)}
+        normalizers = [Normalizer(j) for j in range(count)]
+        stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
+        measured = fused.Measured.of(range(count), wanted, inputs)
+        assert measured is not None
+        partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
+    tiling = statistics_tiling(capability, count, measured.extras, plain=head == PLAIN)
+    assert operands.readable
+    tma = capability >= 90
+    return fused.statistics_launches(measured, operands, tiling, stats, partial, tma=tma)
+
+
+def compiled(launch: Launch, capability: int) -> Cubin:
+    """A kernel's machine code, which has no local memory and fits the device."""
+    cubin = compile_kernel(
+        launch.kernel, launch.arguments, launch.constants, capability=capability, **launch.options
+    )
+    assert cubin.stack == 0
+    assert cubin.local_accesses == 0
+    assert cubin.shared <= SHARED_MEMORY[capability]
+    return cubin
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", ASKED)
+def test_statistics_compile(name: str, capability: int) -> None:
+    """At the shapes of a large model: tensor cores, copies that pass the registers by."""
+    launches = statistics_launches(name, capability, torch.bfloat16, (8192, 128256, 4096))
+    cubin, _ = (compiled(launch, capability) for launch in launches)
+    assert cubin.count(TENSOR_CORES[capability])
+    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
+
+
+#: Streams that a gradient reads, of which it has moments and probabilities, head.
+GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] = {
+    "logprob": (1, (), (), PLAIN),
+    "logprob_capped": (1, (0,), (), CAPPED),
+    "forward_kl": (2, (), (1,), PLAIN),
+    "distill": (2, (0, 1), (1,), CAPPED),
+    "advantage": (3, (1, 2), (), PLAIN),
+    "distill_advantage": (3, (0, 1, 2), (1,), CAPPED),
+}
+
+
+def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
+    """The launch of an op's gradient at a large model's block, without a device."""
+    count, moments, probabilities, head = GRADIENTS[name]
+    rows, cols, size = 8192, 4096, 4096
+    with torch.device("meta"):
+        operands = fused.Operands(
+            [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
+            [torch.empty(cols, size, dtype=torch.bfloat16) for _ in range(count)],
+            tuple(None if head == PLAIN else torch.empty(cols) for _ in range(count)),
+            [head] * count,
+        )
+        stats = empty_stats([Normalizer(j) for j in range(count)], rows, {}, torch.device("meta"))
+        terms = LogitGradient(
+            student=torch.empty(rows),
+            moments={j: torch.empty(rows) for j in moments},
+            probabilities={j: torch.empty(rows) for j in probabilities},
+            sparse=[(torch.empty(rows, 1, dtype=torch.int64), torch.empty(rows, 1))],
+        )
+        out = torch.empty(rows, cols, dtype=torch.bfloat16)
+        peaks = torch.empty(cols // 256, dtype=torch.int32) if filtered else None
+    tiling = gradient_tiling(capability, count, plain=head == PLAIN)
+    used, tma = list(range(count)), capability >= 90
+    return fused.gradient_launch(operands, used, tiling, stats, terms, out, 4096, peaks, tma=tma)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_compile(name: str, capability: int) -> None:
+    filtered = name.startswith("logprob")
+    cubin = compiled(gradient_launch(name, capability, filtered), capability)
+    assert cubin.count(TENSOR_CORES[capability])
+    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
+    assert cubin.count(r"STG\.E\.128[.\w]*")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_smallest_shapes_compile(capability: int) -> None:
+    """A 1 is a constant to Triton, and no tensor."""
+    for launch in statistics_launches("distill", capability, torch.float16, (1, 1, 16)):
+        compile_kernel(
+            *(launch.kernel, launch.arguments, launch.constants),
+            capability=capability,
+            **launch.options,
+        )
+
+
+def test_what_kernels_cannot_read() -> None:
+    """Rows that cannot be read 16 bytes at a time are the library's product to read."""
+    hidden = torch.empty(33, 128, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(507, 128, dtype=torch.bfloat16, device="meta")
+    good = fused.Operands([hidden], [weight], (None,), [PLAIN])
+    assert good.readable
+    for other in (weight[:, 1:], weight[:, :123], weight[:, ::2], weight.t()[:, :496]):
+        assert not fused.Operands([hidden[:, : other.shape[1]]], [other], (None,), [PLAIN]).readable
+    assert not fused.Operands([hidden.float()], [weight.float()], (None,), [PLAIN]).readable
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("k", [1, 64, topk.MOST])
+def test_topk_compiles(k: int, capability: int) -> None:
+    with torch.device("meta"):
+        stream = Stream(torch.empty(0), torch.empty(0), torch.empty(32064), CAPPED)
+        logits = torch.empty(4096, 32064, dtype=torch.bfloat16)
+        state = torch.empty(2 * k, 4096, dtype=torch.float64)
+    cubin = compiled(topk.merge_largest(stream, logits, 0, state), capability)
+    assert cubin.count(r"LDG\.E\.(64|128)[.\w]*")
+
+
+def test_splits_fill_the_device() -> None:
+    for row_tiles in (1, 3, 17, 64, 1000):
+        for col_tiles in (1, 5, 501, 2004):
+            splits = choose_splits(row_tiles, col_tiles, 132, 16, 10**6)
+            assert 1 <= splits <= col_tiles
+            busy = row_tiles * splits
+            steps = -(-busy // 132) * -(-col_tiles // splits)
+            if row_tiles * col_tiles >= 20 * 132:
+                assert row_tiles * col_tiles >= 0.85 * 132 * steps, (row_tiles, col_tiles, splits)
+    assert choose_splits(64, 501, 132, 16, 3) == 3
+    assert choose_splits(64, 501, 132, 16, 0) == 1
