@@ -62,6 +62,8 @@ class Head:
     Args:
         hidden: hidden states [..., H], float32, float64, bfloat16 or float16.
         weight: head weight [V, H], same dtype as ``hidden`` (under autocast any floating dtype).
+            A teacher's may stay on the CPU while its hidden states are on a GPU: it is sent over
+            chunk by chunk, from pinned memory beside the matrix products. So does its bias.
         bias: optional bias [V].
         softcap: final logit soft cap, > 0, or None.
         logit_scale: factor on the raw logits.
@@ -82,19 +84,23 @@ class Head:
     temperature: float = 1.0
     vocab_size: int | None = None
 
-    def checked(self, prefix: str = "", *, gemm: torch.dtype | None = None) -> HeadOptions:
+    def checked(
+        self, prefix: str = "", *, gemm: torch.dtype | None = None, offloaded: bool = False
+    ) -> HeadOptions:
         """Check shapes, dtypes, devices and numbers; return the element-wise options.
 
         Args:
             prefix: put before argument names in messages, e.g. ``"teacher."``.
             gemm: the autocast dtype when autocast is on; then mixed dtypes are welcome.
+            offloaded: weight and bias may lie on the CPU, wherever ``hidden`` is.
         """
         hidden = check_tensor(prefix + "hidden", self.hidden, dtypes=FLOATS)
         if hidden.dim() < 1:
             fail_value(prefix + "hidden", "shape [..., H]", f"shape {tuple(hidden.shape)}")
-        weight = check_tensor(
-            prefix + "weight", self.weight, dtypes=FLOATS, ndim=2, device=hidden.device
-        )
+        weight = check_tensor(prefix + "weight", self.weight, dtypes=FLOATS, ndim=2)
+        at_home = weight.device.type == "cpu" if offloaded else False
+        device = weight.device if at_home else hidden.device
+        check_tensor(prefix + "weight", weight, device=device)
         if weight.shape[1] != hidden.shape[-1]:
             expected = f"shape [V, {hidden.shape[-1]}] to match hidden's last dimension"
             fail_value(prefix + "weight", expected, f"shape {tuple(weight.shape)}")
@@ -110,7 +116,7 @@ class Head:
                 self.bias,
                 dtypes=FLOATS,
                 shape=(weight.shape[0],),
-                device=hidden.device,
+                device=device,
             )
             if gemm is None and bias.dtype != hidden.dtype:
                 fail_type(prefix + "bias", f"hidden's dtype {hidden.dtype}", bias.dtype)

@@ -57,7 +57,10 @@ class Call:
         device = check_tensor(names[0] + "hidden", self.student.hidden).device
         autocast = autocast_dtype(device)
         heads = [self.student, *self.teachers]
-        self._options = [h.checked(n, gemm=autocast) for h, n in zip(heads, names, strict=True)]
+        self._options = [
+            h.checked(n, gemm=autocast, offloaded=j > 0)
+            for j, (h, n) in enumerate(zip(heads, names, strict=True))
+        ]
         for head, name in zip(self.teachers, names[1:], strict=True):
             self._check_teacher(head, name, device)
         double = self.student.hidden.dtype == torch.float64

@@ -13,21 +13,12 @@ from torch import Tensor
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.devices import generation, total_memory
+from pad_kernels.engine.feed import elsewhere, enters_product
 from pad_kernels.engine.plan import Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.heads import HeadOptions
-
-
-def enters_product(weight: Tensor, gemm: torch.dtype) -> bool:
-    """Whether a matrix product takes the weight [V, H] as it lies, without a copy."""
-    if weight.dtype != gemm:
-        return False
-    rows, cols = weight.shape
-    by_rows = weight.stride(1) == 1 and weight.stride(0) >= cols
-    by_cols = weight.stride(0) == 1 and weight.stride(1) >= rows
-    return by_rows or by_cols
 
 
 @dataclass
@@ -133,12 +124,15 @@ class Problem:
         return accumulate_dtype(self.streams[0].hidden.dtype)
 
     def copied_weight_buffers(self, workspace: Workspace, cols: int) -> list[Tensor | None]:
-        """A buffer for each stream whose weight cannot enter a product as it lies.
+        """A buffer for each stream whose weight cannot enter a product as it lies, where it lies.
 
         The streams run one after the other, so one buffer serves all.
         """
         gemm = self.recipe.gemm
-        copied = [not enters_product(s.weight, gemm) for s in self.streams]
+        copied = [
+            not enters_product(s.weight, gemm) or elsewhere(s.weight, self.device)
+            for s in self.streams
+        ]
         if not any(copied):
             return [None] * len(self.streams)
         widest = max(s.weight.shape[1] for s in self.streams)
@@ -175,7 +169,10 @@ def plan_shape(
         backend=backend,
         device=generation(device),
         device_bytes=total_memory(device),
-        copied_weights=not all(enters_product(w[: recipe.vocab], recipe.gemm) for w in weights),
+        copied_weights=any(
+            not enters_product(w[: recipe.vocab], recipe.gemm) or elsewhere(w, student.device)
+            for w in weights
+        ),
     )
 
 
@@ -228,7 +225,7 @@ def build_problem(
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
-        Stream(h, w[: recipe.vocab], _row_vector(b, recipe.vocab, accumulate), head)
+        Stream(h, w[: recipe.vocab], _row_vector(b, recipe.vocab, accumulate, h.device), head)
         for h, w, b, head in zip(
             [hidden, *more_hidden],
             [weight, *more_weights],
@@ -252,9 +249,11 @@ def build_problem(
     )
 
 
-def _row_vector(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
+def _row_vector(
+    bias: Tensor | None, vocab: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """The bias of the real entries as row passes read it: contiguous, in their dtype."""
-    return None if bias is None else bias[:vocab].to(dtype).contiguous()
+    return None if bias is None else bias[:vocab].to(device, dtype).contiguous()
 
 
 @dataclass

@@ -7,25 +7,19 @@ as many rows as the plan says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pad_kernels.backends.base import Backend, FusedBackend, get_backend
+from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Part, Problem
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import Picked, RowStats, Statistic, empty_stats
-
-
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive blocks."""
-    for start in range(0, total, max(size, 1)):
-        yield start, min(start + max(size, 1), total)
 
 
 @dataclass
@@ -79,13 +73,10 @@ class Pass:
         self, hidden: dict[int, Tensor], start: int, stop: int, out: dict[int, Tensor]
     ) -> None:
         """Raw products of some rows with the vocabulary entries start to stop."""
-        gemm = self.problem.recipe.gemm
         for j, h in hidden.items():
-            stream, copy = self.problem.streams[j], self.copies[j]
-            step = stop - start if copy is None else copy.shape[0]
-            for a, b in blocks(stop - start, step):
-                weight = stream.weights(start + a, start + b, gemm, copy)
-                torch.mm(h, weight.t(), out=out[j][:, a:b])
+            pieces = weight_chunks(self.problem.streams[j].weight, start, stop, self.copies[j])
+            for a, b, weight in pieces:
+                torch.mm(h, weight.t(), out=out[j][:, a - start : b - start])
 
     def measure(
         self, part: Part, stats: RowStats, logits: dict[int, Tensor], offset: int, sweep: int

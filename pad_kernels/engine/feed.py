@@ -1,0 +1,116 @@
+"""Weights on their way into products: as they lie, copied to fit, or sent over from the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def enters_product(weight: Tensor, gemm: torch.dtype) -> bool:
+    """Whether a matrix product takes the weight [V, H] as it lies, without a copy."""
+    if weight.dtype != gemm:
+        return False
+    rows, cols = weight.shape
+    by_rows = weight.stride(1) == 1 and weight.stride(0) >= cols
+    by_cols = weight.stride(0) == 1 and weight.stride(1) >= rows
+    return by_rows or by_cols
+
+
+def elsewhere(weight: Tensor, device: torch.device) -> bool:
+    """Whether the weight must travel to the device of the products."""
+    return weight.device != device
+
+
+def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks."""
+    for start in range(0, total, max(size, 1)):
+        yield start, min(start + max(size, 1), total)
+
+
+def weight_chunks(
+    weight: Tensor, start: int, stop: int, buffer: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The entries start to stop of a weight [V, H], in pieces that products can take.
+
+    Each piece is valid until the next one is asked for.
+
+    Args:
+        buffer: [rows, H] on the products' device and in their dtype; None if the weight enters a
+            product as it lies.
+
+    Yields:
+        First entry, end, weight rows.
+    """
+    if buffer is None:
+        yield start, stop, weight[start:stop]
+    elif elsewhere(weight, buffer.device):
+        yield from _sent(weight, start, stop, buffer)
+    else:
+        for a, b in blocks(stop - start, buffer.shape[0]):
+            yield start + a, start + b, buffer[: b - a].copy_(weight[start + a : start + b])
+
+
+class Lane(Protocol):
+    """Copies that run beside the products."""
+
+    def send(self, target: Tensor, source: Tensor) -> None:
+        """Start a copy, after every product that was asked for so far."""
+        ...
+
+    def arrive(self) -> None:
+        """Let the products from here on wait for the oldest copy that nobody waited for yet."""
+        ...
+
+
+class _SideStream:
+    """A CUDA stream of its own; from pinned memory its copies overlap the products."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._under_way: list[torch.cuda.Event] = []
+
+    def send(self, target: Tensor, source: Tensor) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(target.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            self._under_way.append(self._stream.record_event())
+
+    def arrive(self) -> None:
+        self._under_way.pop(0).wait()
+
+
+@functools.cache
+def _lane(device: torch.device) -> Lane:
+    return _SideStream(device)
+
+
+def _sent(
+    weight: Tensor, start: int, stop: int, buffer: Tensor
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Pieces of half a buffer: one travels while a product reads the other."""
+    lane = _lane(buffer.device)
+    half = max(buffer.shape[0] // 2, 1)
+    places = [buffer[:half], buffer[-half:]]
+    spans = [(start + a, start + b) for a, b in blocks(stop - start, half)]
+
+    def send(index: int) -> Tensor:
+        a, b = spans[index]
+        place = places[index % 2][: b - a]
+        lane.send(place, weight[a:b])
+        return place
+
+    # A buffer of one row has one place, which is free when its product has been asked for.
+    ahead = buffer.shape[0] > 1
+    coming = send(0) if spans else buffer
+    for i, (a, b) in enumerate(spans):
+        piece, last = coming, i + 1 == len(spans)
+        if ahead and not last:
+            coming = send(i + 1)
+        lane.arrive()
+        yield a, b, piece
+        if not ahead and not last:
+            coming = send(i + 1)
