@@ -145,6 +145,13 @@ def test_offline_teachers(dtype: torch.dtype) -> None:
             assert float((ours - exact).norm()) <= 3 * floor
 
 
+@pytest.mark.parametrize("schedule", ["early", "kept"])
+def test_distill(schedule: str) -> None:
+    """Rows that use different teachers: a part of the rows lacks streams of the others."""
+    kind = {"early": "jsd", "kept": "forward_kl"}[schedule]
+    divergences.test_a_mixture_is_the_sum_of_its_parts(kind, schedule, "triton")
+
+
 def test_what_it_cannot_do_is_refused_by_name() -> None:
     two = (Divergence("jsd", 0.5), Divergence("tvd"))
     with pytest.raises(ValueError, match=r"'triton', which cannot: .* room for 1 of Outcomes"):
