@@ -352,6 +352,7 @@ def plan_gradient(
     operands = Operands.of(problem, {j: hidden[j] for j in used})
     operands = operands.cut(offset, offset + out.shape[1])
     device = Device.of(problem.device)
-    tiling = gradient_tiling(device.capability, len(used), plain=operands.plain)
+    plain = operands.plain and peaks is None
+    tiling = gradient_tiling(device.capability, len(used), plain=plain)
     copies = device.capability >= 90
     return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)

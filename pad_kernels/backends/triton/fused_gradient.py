@@ -90,7 +90,7 @@ def fused_gradient_kernel(
         # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in any
         # order, so that the atomic is deterministic.
         bits = tl.abs(stored.to(tl.float32)).to(tl.int32, bitcast=True)
-        most = tl.max(tl.max(tl.where(inside, bits, 0), 1), 0)
+        most = tl.max(tl.where(inside, bits, 0))
         tl.atomic_max(peaks + col // FILTER, most)
 
 

@@ -57,6 +57,12 @@ _FULL = {
     90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
     100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: Tiling(128, 32, 64, 8, 4)},
 }
+#: A gradient behind a soft cap, where raw products, logits and slopes are alive together.
+_CURVED = {
+    80: _FULL[80],
+    90: {1: _LIGHT[90][3], 2: _LIGHT[90][3], 3: _FULL[100][3]},
+    100: _FULL[100],
+}
 #: One stream without a head transform and nothing besides: the widest instructions.
 _WIDE = Tiling(128, 256, 64, 8, 3)
 
@@ -87,15 +93,14 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
 
 
 def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
-    """For the fused gradient; arguments as for :func:`statistics_tiling`.
+    """For the fused gradient; ``plain`` is without head transforms and without the filter.
 
-    Nothing is carried from tile to tile, which leaves room for a wide tile on Blackwell too. A soft
-    cap needs raw products and logits at once.
+    Nothing is carried from tile to tile, which leaves room for a wide tile on Blackwell too.
     """
     known = generation(capability)
-    if plain:
-        return _WIDE if known >= 90 and streams == 1 else _LIGHT[known][streams]
-    return _LIGHT[90][3] if known == 90 else _FULL[known][streams]
+    if not plain:
+        return _CURVED[known][streams]
+    return _WIDE if known >= 90 and streams == 1 else _LIGHT[known][streams]
 
 
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:

@@ -55,7 +55,7 @@ def merge_largest_kernel(
     offset,  # vocabulary id of the first column
     k,
     KIND: tl.constexpr,
-    K: tl.constexpr,  # k, rounded up to a power of two
+    K: tl.constexpr,  # k, rounded up to a power of two, at least 64
     TILE: tl.constexpr,
 ):
     """Merge one row of a block into its k largest logits."""
@@ -102,7 +102,7 @@ def merge_largest(
     }
     constants = {
         "KIND": head_kind(stream.head),
-        "K": max(triton.next_power_of_2(k), 2),
+        "K": max(triton.next_power_of_2(k), 64),
         "TILE": tile,
     }
     return Launch(merge_largest_kernel, (rows,), arguments, constants)
