@@ -205,7 +205,9 @@ def groups(backend: str, device: torch.device) -> Groups:
     found: Groups = {}
     if device.type == "cuda":
         found = {
-            f"{backend}/{dtype}/over 2^31/{op}": functools.partial(_large, op, backend, dtype, device)
+            f"{backend}/{dtype}/over 2^31/{op}": functools.partial(
+                _large, op, backend, dtype, device
+            )
             for dtype in ("bfloat16", "float32")
             for op in OPS
             if dtype == "bfloat16" or op in ("cross_entropy", "logprob", "jsd")

@@ -16,7 +16,12 @@ from store import ROOT, fingerprint
 
 Record = dict[str, Any]
 SOURCES = ("csrc/**/*.*", "setup.py")
-PACKAGES = ("setuptools", "pybind11")
+#: Stands in for pybind11, of which setup.py asks where its headers are: torch has them too.
+HEADERS = """
+import os, torch
+def get_include():
+    return os.path.join(os.path.dirname(torch.__file__), "include")
+"""
 
 
 def _circumstances(device: str) -> Record:
@@ -24,18 +29,20 @@ def _circumstances(device: str) -> Record:
 
     archs = "none"
     if device.startswith("cuda"):
-        archs = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        major, minor = torch.cuda.get_device_capability(device)
+        # Hopper's matrix instructions are in its own feature set alone.
+        archs = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
     return {"sources": fingerprint(SOURCES), "python": sys.version, "archs": archs}
 
 
 def stale(device: str, out: Path) -> bool:
-    """Whether the last build is another's, or there was none."""
+    """Whether the last build is another's or its module is gone, or there was none."""
     path = out / "build.json"
     if not path.exists():
         return True
     record = json.loads(path.read_text())
-    there = list((ROOT / "pad_kernels").glob("_C*.so"))
-    return bool(record.get("of") != _circumstances(device) or not there)
+    gone = record["status"] == "ok" and not list((ROOT / "pad_kernels").glob("_C*.so"))
+    return bool(record["of"] != _circumstances(device) or gone)
 
 
 def run(device: str, out: Path, seconds: float, fresh: bool) -> Record:
@@ -45,13 +52,14 @@ def run(device: str, out: Path, seconds: float, fresh: bool) -> Record:
         record: Record = json.loads(path.read_text())
         return record
     began = time.perf_counter()
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        # Only the Triton and torch backends then; the stages after this one say so by name.
-        record = {"status": "missing", "reason": f"not installed: {', '.join(missing)}"}
-    else:
-        record = _compile(of["archs"], seconds)
-    record |= {"of": of, "seconds": round(time.perf_counter() - began, 1), "modules": _modules()}
+    record = _compile(of["archs"], seconds)
+    modules = _modules()
+    # Installing without an extension is no failure of setup.py, but it is one here.
+    wanted = ("cpp", "cuda") if device.startswith("cuda") else ("cpp",)
+    lacking = {n: modules[n] for n in wanted if modules.get(n, "available") != "available"}
+    if lacking and record["status"] == "ok":
+        record |= {"status": "failed", "reason": f"{record['log'][-500:]}\n{lacking}"}
+    record |= {"of": of, "seconds": round(time.perf_counter() - began, 1), "modules": modules}
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record
@@ -67,6 +75,10 @@ def _compile(archs: str, seconds: float) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("setup.py", "csrc", "pad_kernels"):
             Path(folder, name).symlink_to(ROOT / name)
+        if importlib.util.find_spec("pybind11") is None:
+            Path(folder, "headers").mkdir()
+            Path(folder, "headers", "pybind11.py").write_text(HEADERS)
+            environment["PYTHONPATH"] = os.path.join(folder, "headers")
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         try:
             found = subprocess.run(
@@ -88,10 +100,7 @@ def _compile(archs: str, seconds: float) -> Record:
 
 def _modules() -> dict[str, str]:
     """What can be loaded, as a new process sees it, or why it cannot."""
-    code = (
-        "import json, pad_kernels as pk\n"
-        "print(json.dumps({n: s for n, s in pk.available_backends().items()}))"
-    )
+    code = "import json, pad_kernels as pk; print(json.dumps(pk.available_backends()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if found.returncode:
         return {"error": found.stderr[-500:]}

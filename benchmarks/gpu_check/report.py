@@ -82,7 +82,7 @@ def _parity(records: list[Record]) -> list[str]:
         [f"{unit} {name}", f"{f['peak_mib']:.0f}", f"{f['workspace_mib']:.0f}"]
         for unit, name, f in figures
     ]
-    return lines + ([""] + _table(["memory", "peak MiB", "planned MiB"], rows) if rows else [])
+    return lines + (["", *_table(["memory", "peak MiB", "planned MiB"], rows)] if rows else [])
 
 
 def _sanitize(records: list[Record]) -> list[str]:

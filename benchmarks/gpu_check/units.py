@@ -105,7 +105,7 @@ def _sanitize(unit: str, device: str) -> Record:
     code = (
         "import sys, torch, device_parity as d\n"
         "o = d.run(sys.argv[1], torch.device(sys.argv[2]), sys.argv[3])\n"
-        "print('checks passed:', o.passed, 'failed:', o.failed)\n"
+        "print('checks passed:', o.passed, 'failed:', len(o.failed))\n"
         "sys.exit(0 if o.passed else 3)"
     )
     command = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "5"]

@@ -74,8 +74,8 @@ def _cut_cross_entropy(impl: str) -> Callable[[Case], Function]:
         need_compiler()
         if case.op == "cross_entropy":
             return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, impl=impl)
-        return lambda x: -linear_cross_entropy(
-            x.hidden, x.weight, x.labels, impl=impl, reduction="none"
+        return lambda x: (
+            -linear_cross_entropy(x.hidden, x.weight, x.labels, impl=impl, reduction="none")
         )
 
     return build
@@ -229,9 +229,7 @@ def peers(device: str = "cpu") -> list[Implementation]:
         compiles = _cut_cross_entropy("torch_compile")
         note = "impl='torch_compile'"
         found.append(
-            Implementation(
-                "Cut Cross-Entropy", "cross_entropy", compiles, compiled=True, note=note
-            )
+            Implementation("Cut Cross-Entropy", "cross_entropy", compiles, compiled=True, note=note)
         )
     found.append(Implementation("Liger fused", "cross_entropy", _liger_fused))
     found.append(
