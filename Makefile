@@ -15,7 +15,7 @@ PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print
 NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-kernels coverage bench lint format clean
+.PHONY: help demo test check-kernels coverage bench gpu-check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,12 @@ coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of t
 
 bench: $(STAMPS)/bench $(STAMPS)/peers ## measure against the GEMM floor and the peers; table, JSON, plots
 	$(BIN)/pad-kernels bench --out $(OUT) $(ARGS)
+
+# With the machine's own Python, torch and Triton, which have to fit its driver: no environment is
+# made and nothing is fetched. STAGE=build|parity|sanitize|bench for one, FRESH=1 to start over.
+gpu-check: ## build, check and measure on the GPU of this machine; resumes, prints a table last
+	$(PYTHON) benchmarks/gpu_check $(if $(STAGE),--stage $(STAGE)) $(if $(FRESH),--fresh) \
+		$(if $(filter-out file,$(origin OUT)),--out $(OUT)) $(ARGS)
 
 lint: $(STAMPS)/dev ## ruff, ruff format, mypy, clang-format
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ class Exact(NamedTuple):
 
 
 def _real(x: Tensor) -> np.ndarray:
-    return x.detach().double().numpy().astype(Real)
+    return x.detach().cpu().double().numpy().astype(Real)
 
 
 def exact(
@@ -48,7 +48,7 @@ def exact(
     if np.finfo(Real).eps >= np.finfo(np.float64).eps:
         pytest.skip("no extended precision on this machine")
     vocab, flat = x.vocab, x.labels.reshape(-1)
-    live = (flat != x.ignore_index).nonzero()[:, 0].numpy()
+    live = (flat != x.ignore_index).nonzero()[:, 0].cpu().numpy()
     h = _real(x.hidden.reshape(-1, x.hidden.shape[-1]))
     w = _real(x.weight)[:vocab]
     raw = h[live] @ w.T + (0 if x.bias is None else _real(x.bias)[:vocab])
@@ -63,7 +63,7 @@ def exact(
     z = z / temperature
 
     ids = {"logprob": flat, **(picks or {})}
-    chosen = {name: x.numpy()[live] for name, x in ids.items()}
+    chosen = {name: x.cpu().numpy()[live] for name, x in ids.items()}
     found, dz = _rows(z, chosen, live, terms, _real(upstream))
     values = np.zeros((len(terms), len(flat)), Real)
     values[:, live] = found
@@ -111,7 +111,8 @@ def _rows(
     found, dz = np.zeros((len(terms), len(z)), Real), np.zeros_like(z)
     for i, output in enumerate(terms):
         for name, factor in output.items():
-            factors = np.broadcast_to(np.asarray(factor, Real), upstream.shape[1:])[live]
+            number = _real(factor) if isinstance(factor, Tensor) else np.asarray(factor, Real)
+            factors = np.broadcast_to(number, upstream.shape[1:])[live]
             # No weight silences even an infinite value.
             found[i] += np.where(factors == 0, 0, value[name]) * factors
             dz += (factors * upstream[i, live])[:, None] * by_logits[name]

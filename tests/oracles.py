@@ -232,10 +232,11 @@ def _error(found: Tensor, reference: Tensor, low: Tensor, finite: Tensor) -> flo
     return float(difference.nan_to_num(0.0, 0.0, 0.0).norm())
 
 
-def parts_of(oracle: Oracle, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """An oracle as (high, low) parts of the given shape."""
-    high, low = oracle if isinstance(oracle, tuple) else (oracle, torch.zeros_like(oracle))
-    return high.detach().double().reshape(shape), low.detach().double().reshape(shape)
+def parts_of(oracle: Oracle, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An oracle as (high, low) parts of the shape and on the device of ``like``."""
+    parts = oracle if isinstance(oracle, tuple) else (oracle, torch.zeros_like(oracle))
+    high, low = (x.detach().to(like.device).double().reshape(like.shape) for x in parts)
+    return high, low
 
 
 def assert_sum_accurate(
@@ -246,7 +247,7 @@ def assert_sum_accurate(
     The error of one number may be 0 by luck. What a sum of such summands is off by is the norm of
     their errors.
     """
-    high, low = parts_of(oracle, careful.shape)
+    high, low = parts_of(oracle, careful)
     finite = high.isfinite()
     if not finite.all():
         assert float(ours) == float(high.sum()), "another infinity than the oracle"
@@ -273,7 +274,7 @@ def assert_accurate(
     By norm, over the entries where the oracle is finite; where it is not, ours must be the same
     infinity. ``dtype`` is the inputs'. An oracle may come as its (high, low) parts.
     """
-    high, low = parts_of(oracle, ours.shape)
+    high, low = parts_of(oracle, ours)
     ours, careful = ours.detach().double(), careful.detach()
     finite = high.isfinite()
     assert torch.equal(ours.isfinite(), finite), f"{what}: finite in other places than the oracle"

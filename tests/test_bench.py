@@ -269,7 +269,9 @@ def test_a_run_writes_table_json_and_plots(
     # Each has its process for the memory; a few are enough.
     few = ("pad_kernels early:cpp", "pad_kernels kept:cpp", "dense eager", "Liger fused")
     monkeypatch.setattr(
-        runner, "all_implementations", lambda: [i for i in all_implementations() if i.name in few]
+        runner,
+        "all_implementations",
+        lambda device: [i for i in all_implementations(device) if i.name in few],
     )
     assert runner.run(options) == 0
     result = json.loads((tmp_path / "bench.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,9 @@ SHAPES = ((512, 512, 32000), (1024, 576, 49152), (256, 2048, 128256))
 # minutes: the larger shapes take a minute and more a case.
 TEACHER_SHAPES = SHAPES[:1]
 QUICK_SHAPES = ((256, 256, 16384),)
+# On a GPU: Llama 3 8B's head with a large and a middle batch, and Gemma 2 2B's, whose hidden size
+# is small beside its vocabulary.
+LLAMA, LLAMA_HALF, GEMMA = (8192, 4096, 128256), (4096, 4096, 128256), (8192, 2304, 256000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,27 +147,38 @@ def make_cases(
     ]
 
 
+def make_gpu_cases() -> list[Case]:
+    """What is measured on a GPU, the most important first; all of them in bfloat16."""
+    table = {
+        LLAMA: ("cross_entropy", "score", "logprob", "forward_kl", "advantage"),
+        GEMMA: ("cross_entropy", "logprob"),
+        LLAMA_HALF: ("cross_entropy", "jsd", "distill"),
+    }
+    return [Case(op, *shape, "bfloat16") for shape, ops in table.items() for op in ops]
+
+
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random tensors of a case, the same for the same case.
+    """Random tensors of a case, the same for the same case on the same type of device.
 
     The logits get a standard deviation of about 2, so that the softmax is neither flat nor one-hot.
     """
-    generator = torch.Generator().manual_seed(1234)
+    generator = torch.Generator(device).manual_seed(1234)
+    drawn: dict[str, Any] = {"generator": generator, "device": device}
     dtype = DTYPES[case.dtype]
     backward = OPS[case.op].backward
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(*shape, **drawn).to(dtype)
 
     hidden = normal(case.tokens, case.hidden)
     weight = normal(case.vocab, case.hidden).mul_(2.0 / case.hidden**0.5)
-    labels = torch.randint(0, case.vocab, (case.tokens,), generator=generator)
+    labels = torch.randint(0, case.vocab, (case.tokens,), **drawn)
     labels[: round(case.ignored * case.tokens)] = IGNORE
-    labels = labels[torch.randperm(case.tokens, generator=generator)].to(device)
+    labels = labels[torch.randperm(case.tokens, **drawn)]
     if OPS[case.op].mean:
         upstream = torch.ones((), device=device)
     else:
-        upstream = torch.randn(case.tokens, generator=generator).to(device) / case.tokens
+        upstream = torch.randn(case.tokens, **drawn) / case.tokens
     teachers = []
     for index in range(OPS[case.op].teachers):
         # Half the variance of hidden and weight is shared: the logits correlate with 1/2.

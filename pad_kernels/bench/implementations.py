@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,91 +64,105 @@ def _named(backend: str) -> None:
         raise Unavailable(state)
 
 
-def _cross_entropy(plan: str) -> Callable[[Case], Function]:
-    def build(case: Case) -> Function:
+def call_ours(op: str, plan: Any, x: Inputs) -> Tensor:
+    """The public function of an operation on the tensors of a case; ``plan`` as it takes it."""
+    import pad_kernels as pk
+
+    settings: dict[str, Any] = {"ignore_index": IGNORE, "plan": plan}
+    if op == "cross_entropy":
+        return pk.linear_cross_entropy(x.hidden, x.weight, x.labels, **settings)
+    if op in ("logprob", "score"):
+        return pk.linear_logprob(x.hidden, x.weight, x.labels, **settings)
+    student, heads = pk.Head(x.hidden, x.weight), [pk.Head(h, w) for h, w in x.teachers]
+    if op == "advantage":
+        return pk.linear_expected_advantage(student, *heads, labels=x.labels, **settings)
+    if op != "distill":
+        return pk.linear_divergence(student, heads[0], kind=op, labels=x.labels, **settings)
+    settings |= {"teacher": heads[0], "ce_weight": 1.0, "divergence_weight": 1.0}
+    out = pk.linear_distill(student, x.labels, **settings)
+    assert out.loss is not None
+    return out.loss
+
+
+@dataclass(frozen=True)
+class Ours:
+    """This library on one plan: "auto" or "schedule:backend", and MiB of workspace if limited."""
+
+    plan: str
+    limit: int | None = None
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        limit = "" if self.limit is None else f" in {self.limit} MiB"
+        return f"pad_kernels {self.plan}{limit}"
+
+    def build(self, case: Case) -> Function:
+        """The function for a case, or ``Unavailable``."""
         import pad_kernels as pk
 
-        _named(plan.split(":")[1])
-        return lambda x: pk.linear_cross_entropy(
-            x.hidden, x.weight, x.labels, ignore_index=IGNORE, plan=plan
-        )
-
-    return build
-
-
-def _logprob(plan: str) -> Callable[[Case], Function]:
-    def build(case: Case) -> Function:
-        import pad_kernels as pk
-
-        _named(plan.split(":")[1])
-        return lambda x: pk.linear_logprob(
-            x.hidden, x.weight, x.labels, ignore_index=IGNORE, plan=plan
-        )
-
-    return build
+        if self.plan == "auto":
+            request = pk.PlanRequest()
+        else:
+            _named(self.plan.split(":")[1])
+            request = pk.PlanRequest(*self.plan.split(":"))
+        if self.limit is not None:
+            request = replace(request, budget=self.limit << 20)
+        return lambda x: call_ours(case.op, request, x)
 
 
-def _teacher_op(plan: str) -> Callable[[Case], Function]:
-    """Forward KL, JSD, advantage or cross-entropy + forward KL, by the operation of the case."""
+#: What is measured on a CPU, by operation.
+CPU_PLANS = {
+    "cross_entropy": [Ours("early:cpp"), Ours("early:torch_blocked"), Ours("late:cpp")],
+    "logprob": [Ours("kept:cpp"), Ours("late:cpp"), Ours("late:torch_blocked")],
+    "score": [Ours("late:cpp")],
+    "forward_kl": [Ours("early:cpp"), Ours("early:torch_blocked"), Ours("late:cpp")],
+    "jsd": [Ours("early:cpp"), Ours("late:cpp")],
+    "advantage": [Ours("early:cpp"), Ours("late:cpp")],
+    "distill": [Ours("early:cpp"), Ours("late:cpp")],
+}
+_AUTO, _EARLY = Ours("auto"), [Ours("early:triton"), Ours("early:cuda")]
+_AGAINST_TEACHERS = [_AUTO, *_EARLY, Ours("late:triton")]
+#: On a GPU. The limits are those under which the library promises its speed there.
+GPU_PLANS = {
+    "cross_entropy": [
+        _AUTO,
+        Ours("early:triton", 1024),
+        Ours("early:cuda", 1024),
+        *_EARLY,
+        Ours("early:torch_blocked"),
+        Ours("late:triton"),
+    ],
+    "logprob": [
+        _AUTO,
+        Ours("late:triton"),
+        Ours("late:cuda"),
+        Ours("kept:triton"),
+        Ours("late:torch_blocked"),
+    ],
+    "score": [_AUTO, Ours("late:triton", 64), Ours("late:cuda", 64), Ours("late:triton")],
+    "forward_kl": _AGAINST_TEACHERS,
+    "jsd": _AGAINST_TEACHERS,
+    "advantage": _AGAINST_TEACHERS,
+    "distill": _AGAINST_TEACHERS,
+}
 
-    def build(case: Case) -> Function:
-        import pad_kernels as pk
 
-        _named(plan.split(":")[1])
-
-        def function(x: Inputs) -> Tensor:
-            settings: dict[str, Any] = {"ignore_index": IGNORE, "plan": plan}
-            student, heads = pk.Head(x.hidden, x.weight), [pk.Head(h, w) for h, w in x.teachers]
-            if case.op == "advantage":
-                return pk.linear_expected_advantage(student, *heads, labels=x.labels, **settings)
-            if case.op != "distill":
-                return pk.linear_divergence(
-                    student, heads[0], kind=case.op, labels=x.labels, **settings
-                )
-            settings |= {"teacher": heads[0], "ce_weight": 1.0, "divergence_weight": 1.0}
-            out = pk.linear_distill(student, x.labels, **settings)
-            assert out.loss is not None
-            return out.loss
-
-        return function
-
-    return build
-
-
-def ours() -> list[Implementation]:
+def ours(device: str = "cpu") -> list[Implementation]:
     """This library, by schedule and backend; "late" computes all logits twice."""
-    table = [
-        ("cross_entropy", "early:cpp", _cross_entropy),
-        ("cross_entropy", "early:torch_blocked", _cross_entropy),
-        ("cross_entropy", "late:cpp", _cross_entropy),
-        ("logprob", "kept:cpp", _logprob),
-        ("logprob", "late:cpp", _logprob),
-        ("logprob", "late:torch_blocked", _logprob),
-        ("score", "late:cpp", _logprob),
-        ("forward_kl", "early:cpp", _teacher_op),
-        ("forward_kl", "early:torch_blocked", _teacher_op),
-        ("forward_kl", "late:cpp", _teacher_op),
-        ("jsd", "early:cpp", _teacher_op),
-        ("jsd", "late:cpp", _teacher_op),
-        ("advantage", "early:cpp", _teacher_op),
-        ("advantage", "late:cpp", _teacher_op),
-        ("distill", "early:cpp", _teacher_op),
-        ("distill", "late:cpp", _teacher_op),
-    ]
     found = []
-    for name, plan, make in table:
+    for name, plans in (GPU_PLANS if device == "cuda" else CPU_PLANS).items():
         op = OPS[name]
-        again = 2 * (1 + op.teachers) if op.backward and plan.startswith("late") else 0
-        gemms = op.gemms + again
-        found.append(
-            Implementation(f"pad_kernels {plan}", name, make(plan), ours=True, gemms=gemms)
-        )
+        for own in plans:
+            again = 2 * (1 + op.teachers) if op.backward and own.plan.startswith("late") else 0
+            gemms = op.gemms + again
+            found.append(Implementation(own.name, name, own.build, ours=True, gemms=gemms))
     return found
 
 
-def all_implementations() -> list[Implementation]:
-    """Ours first, then the peers."""
+def all_implementations(device: str = "cpu") -> list[Implementation]:
+    """Ours first, then the peers, as they are set up for a type of device."""
     from pad_kernels.bench.peers import peers
     from pad_kernels.bench.teacher_peers import peers as teacher_peers
 
-    return ours() + peers() + teacher_peers()
+    return ours(device) + peers(device) + teacher_peers()

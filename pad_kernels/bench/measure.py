@@ -81,6 +81,8 @@ def _gate(
         except Exception as error:  # a peer may fail in any way; the table says how
             text = f"{type(error).__name__}: {error}"[:300]
             rows.append(_row(implementation, "failed", text))
+            if inputs.hidden.is_cuda:
+                torch.cuda.empty_cache()  # what ran out of memory leaves it in pieces
             continue
         reasons = gate.failures(errors, allowed)
         row = _row(implementation, "inaccurate" if reasons else "ok", "; ".join(reasons))
@@ -117,7 +119,7 @@ def measure(
     device: torch.device,
     everything: bool = False,
 ) -> dict[str, Any]:
-    """Gate and time one case; memory is filled in later.
+    """Gate and time one case; on a CPU memory is filled in later.
 
     Args:
         case: what to measure.
@@ -128,6 +130,7 @@ def measure(
 
     Returns:
         A JSON-able record: the case, the floor in ms by GEMM count, one row per implementation.
+        Peak memory is in it on a GPU alone, where it takes no process of its own.
     """
     op = OPS[case.op]
     inputs = make_inputs(case, device)
@@ -137,6 +140,11 @@ def measure(
     steps = {name: _runner(function, case, inputs) for name, function in functions.items()}
     _drop_hopeless(steps, rows, inputs, 1e3 * first_floor.of(op.gemms))
     measured = timing.time_rounds(steps, floor, inputs, repeats, op.gemms)
+    if device.type == "cuda":
+        del floor  # a whole N×V buffer
+        for row in rows:
+            if row["implementation"] in steps:
+                row["peak_mib"] = memory.device_peak(steps[row["implementation"]], case, inputs)
     gemms = {i.name: max(i.gemms, op.gemms) for i in implementations}
     for row in rows:
         name = row["implementation"]

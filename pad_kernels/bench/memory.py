@@ -14,12 +14,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from pad_kernels.bench.cases import OPS, Case, make_inputs
+from pad_kernels.bench.cases import OPS, Case, Inputs, make_inputs
 from pad_kernels.bench.implementations import all_implementations, step
 
 MIB = 2**20
@@ -65,20 +66,32 @@ def _peak_growth(case: Case, name: str, device: torch.device) -> int:
             step(function, case, inputs)
 
     _trim()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        steps()
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        _reset_peak()
-        before = _status("VmRSS")
-        steps()
-        peak = _status("VmHWM")
-    gradients = 0
-    if OPS[case.op].backward:
-        gradients = inputs.hidden.nbytes + inputs.weight.nbytes
-    return peak - before - gradients
+    _reset_peak()
+    before = _status("VmRSS")
+    steps()
+    return _status("VmHWM") - before - _gradient_bytes(case, inputs)
+
+
+def _gradient_bytes(case: Case, inputs: Inputs) -> int:
+    """Of one copy of the gradients that a step leaves behind."""
+    return inputs.hidden.nbytes + inputs.weight.nbytes if OPS[case.op].backward else 0
+
+
+def device_peak(action: Callable[[], object], case: Case, inputs: Inputs) -> float:
+    """MiB on a GPU of a warmed-up step, beyond its inputs and gradients.
+
+    torch's allocator counts exactly, so that this needs no process of its own. What libraries keep
+    from step to step, such as the workspace of matrix products, is not in it.
+    """
+    device = inputs.hidden.device
+    inputs.clear()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    action()
+    peak = torch.cuda.max_memory_allocated(device)
+    inputs.clear()
+    return (peak - before - _gradient_bytes(case, inputs)) / MIB
 
 
 def start(case: Case, name: str, device: str, threads: int) -> subprocess.Popen[str]:

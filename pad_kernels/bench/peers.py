@@ -7,6 +7,7 @@ the benchmark needs none of those trainers; the table calls them "-style".
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,13 +63,32 @@ def _torch_linear_cross_entropy(case: Case) -> Function:
     return lambda x: -function(x.hidden, x.weight, x.labels, reduction="none", options=options)
 
 
-def _cut_cross_entropy(case: Case) -> Function:
+def _cut_cross_entropy(impl: str) -> Callable[[Case], Function]:
+    def build(case: Case) -> Function:
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+        except ImportError as error:
+            raise Unavailable(
+                f"not installed ({error}); pip install 'pad-kernels[peers]'"
+            ) from error
+        need_compiler()
+        if case.op == "cross_entropy":
+            return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, impl=impl)
+        return lambda x: (
+            -linear_cross_entropy(x.hidden, x.weight, x.labels, impl=impl, reduction="none")
+        )
+
+    return build
+
+
+def _quack(case: Case) -> Function:
+    """Chunks of tokens, all gradients made in the forward pass, as in our early schedule."""
     try:
-        from cut_cross_entropy import linear_cross_entropy
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
     except ImportError as error:
-        raise Unavailable(f"not installed ({error}); pip install 'pad-kernels[peers]'") from error
-    need_compiler()
-    return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, impl="torch_compile")
+        raise Unavailable(f"not installed ({error}); pip install quack-kernels") from error
+    settings = {"ignore_index": IGNORE, "reduction": "mean"}
+    return lambda x: chunked_linear_cross_entropy(x.hidden, x.weight, x.labels, **settings)
 
 
 def _liger_fused(case: Case) -> Function:
@@ -169,10 +189,28 @@ def _trl_style(case: Case) -> Function:
     return lambda x: _VocabularyChunks.apply(x.hidden, x.weight, x.labels)
 
 
-def peers() -> list[Implementation]:
+def _on_a_gpu() -> list[Implementation]:
+    """Those that need one, or have kernels of their own for one."""
+    found = [
+        Implementation("Cut Cross-Entropy", op, _cut_cross_entropy(impl), note=f"impl={impl!r}")
+        for op, impl in (("cross_entropy", "cce"), ("logprob", "cce"), ("score", "cce"))
+    ]
+    exact = _cut_cross_entropy("cce_exact")
+    found.insert(
+        1,
+        Implementation(
+            "Cut Cross-Entropy exact", "cross_entropy", exact, note="impl='cce_exact': no filter"
+        ),
+    )
+    return [*found, Implementation("quack chunked", "cross_entropy", _quack)]
+
+
+def peers(device: str = "cpu") -> list[Implementation]:
     """Every peer of the operations without teachers, in the order of the table."""
     training = ("cross_entropy", "logprob")
     found = [Implementation("dense eager", op, dense) for op in (*training, "score")]
+    if device == "cuda":
+        found.append(Implementation("dense torch.compile", "score", compiled_dense, compiled=True))
     for op in training:
         found += [
             Implementation("dense torch.compile", op, compiled_dense, compiled=True),
@@ -184,16 +222,15 @@ def peers() -> list[Implementation]:
                 note="default options",
             ),
         ]
-    # Its kernel needs a GPU; on a CPU it compiles the dense computation with dynamic shapes.
-    found.append(
-        Implementation(
-            "Cut Cross-Entropy",
-            "cross_entropy",
-            _cut_cross_entropy,
-            compiled=True,
-            note="impl='torch_compile'",
+    if device == "cuda":
+        found += _on_a_gpu()
+    else:
+        # Its kernel needs a GPU; on a CPU it compiles the dense computation with dynamic shapes.
+        compiles = _cut_cross_entropy("torch_compile")
+        note = "impl='torch_compile'"
+        found.append(
+            Implementation("Cut Cross-Entropy", "cross_entropy", compiles, compiled=True, note=note)
         )
-    )
     found.append(Implementation("Liger fused", "cross_entropy", _liger_fused))
     found.append(
         Implementation(

@@ -5,7 +5,7 @@ the gate looks at is also its warm-up. What is left is timed in interleaved roun
 bare matrix products, then its peak memory is measured in fresh processes.
 
 Without ``--op``, ``--case`` or ``--all``, operations with teachers run at the first shape only, so
-that a whole run stays near ten minutes.
+that a whole run stays near ten minutes. On a GPU the cases are ``cases.make_gpu_cases()``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from pad_kernels.bench import cases as catalogue
 from pad_kernels.bench import report
-from pad_kernels.bench.cases import OPS, Case, make_cases
+from pad_kernels.bench.cases import OPS, Case, make_cases, make_gpu_cases
 from pad_kernels.bench.implementations import all_implementations
 from pad_kernels.bench.measure import IGNORED_SHARE, Row, fill_memory, measure, measure_ignored
 
@@ -63,6 +63,8 @@ def _select(args: argparse.Namespace) -> list[Case]:
     shapes = catalogue.QUICK_SHAPES if args.quick else catalogue.SHAPES
     asked = bool(args.all or args.op or args.case)
     every = make_cases(args.op, shapes, args.dtype, asked)
+    if args.device.startswith("cuda") and not args.quick:
+        every = [c for c in make_gpu_cases() if c.op in (args.op or OPS)]
     found = [case for case in every if args.case in case.name]
     if not found:
         raise SystemExit(f"--case {args.case!r}: no case has that in its name")
@@ -77,7 +79,8 @@ def _ignored(args: argparse.Namespace, chosen: list[Case], device: torch.device)
         if not same or args.no_ignored:
             continue
         case = same[len(same) // 2]
-        wanted = [i for i in all_implementations() if i.op == op and (i.ours or "eager" in i.name)]
+        every = [i for i in all_implementations(device.type) if i.op == op]
+        wanted = [i for i in every if i.ours or "eager" in i.name]
         _say(f"{case.name}: {IGNORED_SHARE:.0%} of the rows ignored")
         rows += measure_ignored(case, [i for i in wanted if args.impl in i.name], 3, device)
     return rows
@@ -95,12 +98,13 @@ def run(args: argparse.Namespace) -> int:
     largest = {case.op: case.shape for case in by_size}
     records = []
     for case in chosen:
-        wanted = [i for i in all_implementations() if i.op == case.op and args.impl in i.name]
+        every = [i for i in all_implementations(device.type) if i.op == case.op]
+        wanted = [i for i in every if args.impl in i.name]
         if not wanted:
             continue
         _say(f"{case.name}: {len(wanted)} implementations")
         record = measure(case, wanted, repeats, device, args.all)
-        if case.shape == largest[case.op] and not args.no_memory:
+        if case.shape == largest[case.op] and not args.no_memory and device.type == "cpu":
             fill_memory(case, record, args.device, args.threads)
         records.append(record)
         print(report.table(record), end="\n\n", flush=True)
