@@ -21,6 +21,17 @@ PAD_DEVICE OutcomeRow<float> outcome_row(const double* const* maximum, const dou
           float(inverse_of(sum_s)), float(inverse_of(sum_t)), float(log(sum_t / sum_s))};
 }
 
+// The kind asked for inside the loop over columns: around it, their arrays would be in memory.
+PAD_DEVICE Outcome<float> outcome_by_kind(DivergenceKind kind, float a_s, float a_t,
+                                          const OutcomeRow<float>& row, float alpha) {
+  if (kind == DivergenceKind::jsd) return outcome_of<DivergenceKind::jsd>(a_s, a_t, row, alpha);
+  if (kind == DivergenceKind::skew_forward_kl)
+    return outcome_of<DivergenceKind::skew_forward_kl>(a_s, a_t, row, alpha);
+  if (kind == DivergenceKind::skew_reverse_kl)
+    return outcome_of<DivergenceKind::skew_reverse_kl>(a_s, a_t, row, alpha);
+  return outcome_of<DivergenceKind::tvd>(a_s, a_t, row, alpha);
+}
+
 template <DivergenceKind kKind, class Z>
 struct OutcomeThread {
   static constexpr bool kAhead = false;
@@ -241,24 +252,11 @@ struct GradientThread {
   template <int kCount>
   PAD_DEVICE void add_divergence(const float (&a_s)[kCount], const float (&a_t)[kCount],
                                  float (&d)[kCount]) const {
-    // No switch: its table of jumps would put the arrays into memory.
-    const DivergenceKind kind = in.args.divergence.kind;
-    if (kind == DivergenceKind::jsd)
-      add_divergence_of<DivergenceKind::jsd>(a_s, a_t, d);
-    else if (kind == DivergenceKind::skew_forward_kl)
-      add_divergence_of<DivergenceKind::skew_forward_kl>(a_s, a_t, d);
-    else if (kind == DivergenceKind::skew_reverse_kl)
-      add_divergence_of<DivergenceKind::skew_reverse_kl>(a_s, a_t, d);
-    else
-      add_divergence_of<DivergenceKind::tvd>(a_s, a_t, d);
-  }
-  template <DivergenceKind kKind, int kCount>
-  PAD_DEVICE void add_divergence_of(const float (&a_s)[kCount], const float (&a_t)[kCount],
-                                    float (&d)[kCount]) const {
-    const float alpha = float(in.args.divergence.alpha);
+    const DivergenceArgs& divergence = in.args.divergence;
     PAD_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const Outcome<float> found = outcome_of<kKind>(a_s[i], a_t[i], constants, alpha);
+      const Outcome<float> found =
+          outcome_by_kind(divergence.kind, a_s[i], a_t[i], constants, float(divergence.alpha));
       d[i] += weight * (found.slope - found.s * mean);
     }
   }
@@ -301,7 +299,7 @@ template <class Z, int S, Terms kTerms>
 struct GradientKernel {
   using Args = GradientLaunch;
   static constexpr int kThreads = kRowThreads;
-  static constexpr int kBlocks = S == 1 ? 4 : (S == 2 && kTerms != Terms::everything ? 3 : 2);
+  static constexpr int kBlocks = S == 1 ? 4 : (S == 2 ? 3 : 2);
 
   template <class Team>
   static PAD_DEVICE void run(Team& team, int64_t block, const Args& in) {

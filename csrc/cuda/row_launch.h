@@ -62,9 +62,8 @@ struct LaunchGradient {
   }
   template <int S>
   void of() const {
-    if constexpr (S > 1) {
-      if (args.divergence.teacher) return run<S, Terms::everything>();
-    }
+    // As many registers for two streams as for four: one kernel.
+    if (args.divergence.teacher) return run<kMaxStreams, Terms::everything>();
     args.outside_value ? run<S, Terms::outside>() : run<S, Terms::plain>();
   }
 };

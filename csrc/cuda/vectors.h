@@ -16,6 +16,19 @@ struct alignas(kVectorBytes) Vector {
   uint32_t word[4];
 };
 
+PAD_DEVICE uint32_t stored_bits(float z) { return bits_as<uint32_t>(z); }
+template <class Z>
+PAD_DEVICE uint32_t stored_bits(Z z) {
+  return z.bits;
+}
+template <class Z>
+PAD_DEVICE Z from_stored_bits(uint32_t bits) {
+  if constexpr (sizeof(Z) == 4)
+    return bits_as<Z>(bits);
+  else
+    return Z{uint16_t(bits)};
+}
+
 // What lies at z, a whole vector or one number, on its way into registers.
 template <int kCount, class Z>
 PAD_DEVICE Vector fetch(const Z* z) {
@@ -23,7 +36,7 @@ PAD_DEVICE Vector fetch(const Z* z) {
     return *reinterpret_cast<const Vector*>(z);
   } else {
     Vector vector = {};
-    memcpy(vector.word, z, sizeof(Z));
+    vector.word[0] = stored_bits(*z);
     return vector;
   }
 }
@@ -94,7 +107,7 @@ PAD_DEVICE void put(Z* out, const Vector& vector) {
   if constexpr (kCount > 1)
     *reinterpret_cast<Vector*>(out) = vector;
   else
-    memcpy(out, vector.word, sizeof(Z));
+    *out = from_stored_bits<Z>(vector.word[0]);
 }
 
 // Columns [begin, end) of a row: up to `head` one by one, then vectors up to `tail`, the rest one
