@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import fail_value
-from pad_kernels.backends.registry import native_error
+from pad_kernels.backends.registry import native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
@@ -68,6 +68,10 @@ def get_backend(name: str) -> Backend:
         from pad_kernels.backends.cpp import CppBackend
 
         return CppBackend()
+    if name == "triton":
+        from pad_kernels.backends.triton.backend import TritonBackend
+
+        return TritonBackend()
     from pad_kernels.backends.torch_blocked import TorchBackend
 
     return TorchBackend()
@@ -85,7 +89,12 @@ def available_backends() -> dict[str, str]:
         "reference": "available",
         "torch_blocked": "available",
         "cpp": native_error() or "available",
+        "triton": triton_error() or "available",
     }
+
+
+#: The backend to try first on a type of device.
+PREFERRED = {"cpu": "cpp", "cuda": "triton"}
 
 
 def resolve_backend(recipe: Recipe, device: torch.device) -> Recipe:
@@ -93,7 +102,16 @@ def resolve_backend(recipe: Recipe, device: torch.device) -> Recipe:
     name = recipe.request.backend
     if name in ("reference", "torch_blocked"):
         return recipe
-    reason = get_backend("cpp").refuses(recipe, device)
-    if name == "cpp" and reason:
-        fail_value("plan", "a backend that can do this", f"'cpp', which cannot: {reason}")
-    return recipe.on("torch_blocked" if reason else "cpp")
+    wanted = name or PREFERRED.get(device.type, "cpp")
+    reason = refusal(wanted, recipe, device)
+    if name and reason:
+        fail_value("plan", "a backend that can do this", f"{name!r}, which cannot: {reason}")
+    return recipe.on("torch_blocked" if reason else wanted)
+
+
+def refusal(name: str, recipe: Recipe, device: torch.device) -> str | None:
+    """Why the backend of that name cannot do the recipe on that device; None if it can."""
+    # Its module imports triton.
+    if name == "triton" and triton_error():
+        return triton_error()
+    return get_backend(name).refuses(recipe, device)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 from types import ModuleType
+
+#: The oldest Triton whose language has what the kernels use.
+TRITON_LEAST = (3, 6)
+#: The oldest GPU that they are built for: Ampere.
+CAPABILITY_LEAST = (8, 0)
 
 
 @functools.cache
@@ -30,3 +37,37 @@ def native() -> ModuleType | None:
 def native_error() -> str:
     """Why :func:`native` is None; empty when it is there."""
     return _load()[1]
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, instruction by instruction, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _version(*names: str) -> str:
+    """Of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "0.0"
+
+
+@functools.cache
+def triton_error() -> str:
+    """Why there are no Triton kernels on this machine; empty when there are. Imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = _version("triton", "pytorch-triton")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < TRITON_LEAST:
+        return f"triton {version} is too old: {'.'.join(map(str, TRITON_LEAST))} or later is needed"
+    if interpreting():
+        return ""
+    cuda = importlib.import_module("torch").cuda
+    if not cuda.is_available():
+        return "torch finds no CUDA device"
+    if (found := cuda.get_device_capability()) < CAPABILITY_LEAST:
+        return f"the GPU is sm_{found[0]}{found[1]}, and sm_80 or later is needed"
+    return ""

@@ -117,7 +117,7 @@ class _Candidates:
         """Buffers of every pass: a copied weight chunk, temporaries of the plain torch backend."""
         copied = cols * max(self.shape.hidden) * self._item if self.shape.copied_weights else 0
         tiles = TORCH_TILE * TORCH_TEMPORARIES * self._acc
-        return copied + (0 if self.shape.backend == "cpp" else tiles)
+        return copied + (tiles if self.shape.backend == "torch_blocked" else 0)
 
     def _rows_bytes(self, rows: int) -> int:
         """Hidden states of some rows of every stream, gathered in the product's dtype."""

@@ -1,0 +1,1 @@
+"""Row passes as Triton kernels. Importing this package does not import triton; its modules do."""

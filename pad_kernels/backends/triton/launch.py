@@ -1,0 +1,333 @@
+"""Row passes as kernel launches: which kernel, which grid, which arguments.
+
+Making a launch and running it are two steps, so that what is compiled ahead of time for a device
+that is not there is what would run on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pad_kernels.backends.triton import configs, gradient, math, statistics
+from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.problem import Problem
+from pad_kernels.functionals import Divergence
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    RowStats,
+    Statistic,
+    Tail,
+    Total,
+    finite_or_zero,
+)
+from pad_kernels.heads import HeadOptions
+
+_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over a grid."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int = 4
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it is compiled; fused multiply-adds would round a logit differently here and there."""
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": False}
+
+    def run(self) -> None:
+        """Put it on the current stream of the current device."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What block sizes depend on: compute capability (90 for sm_90) and multiprocessors."""
+
+    capability: int
+    multiprocessors: int
+
+    @staticmethod
+    @functools.cache
+    def of(device: torch.device) -> Device:
+        """Of a GPU; the interpreter counts as a very small one."""
+        if device.type != "cuda":
+            return Device(90, 1)
+        found = torch.cuda.get_device_properties(device)
+        return Device(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def head_kind(head: HeadOptions) -> int:
+    """How much there is to do."""
+    if head.softcap is not None:
+        return math.CAPPED
+    plain = head.logit_scale == 1.0 and head.temperature == 1.0
+    return math.IDENTITY if plain else math.LINEAR
+
+
+def _numbers(head: HeadOptions) -> tuple[float, float, float]:
+    return (head.logit_scale, head.softcap or 0.0, head.temperature)
+
+
+@dataclass
+class Block:
+    """A block of raw logits [rows, cols] of some streams, at a vocabulary offset."""
+
+    problem: Problem
+    stats: RowStats
+    logits: dict[int, Tensor]
+    offset: int
+    device: Device
+    rows: int = field(init=False)
+    cols: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows, self.cols = self.logits[0].shape
+
+    def _streams(self, used: Sequence[int]) -> dict[str, Any]:
+        """The arguments that describe the streams in use."""
+        biases = [self.problem.streams[j].bias for j in used]
+        stop = self.offset + self.cols
+        return {
+            "logits": tuple(self.logits[j] for j in used),
+            "strides": tuple(self.logits[j].stride(0) for j in used),
+            "biases": tuple(None if b is None else b[self.offset : stop] for b in biases),
+            "heads": tuple(_numbers(self.problem.streams[j].head) for j in used),
+            "rows": self.rows,
+            "cols": self.cols,
+        }
+
+    def _kinds(self, used: Sequence[int]) -> tuple[int, ...]:
+        return tuple(head_kind(self.problem.streams[j].head) for j in used)
+
+    def _split(self, config: configs.RowConfig) -> tuple[int, int, dict[str, int]]:
+        """Tiles of a program, programs of a row, and the tile's constants."""
+        itemsize = self.logits[0].element_size()
+        tile = config.tile(itemsize)
+        tiles = configs.tiles_of_split(self.rows, self.cols, tile, self.device.multiprocessors)
+        shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
+        return tiles, -(-self.cols // (tiles * tile)), shape
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.logits[0].device)
+
+    def ids(self, name: str) -> Tensor:
+        """Per-row ids, ascending."""
+        return self.stats.inputs[name].sort(dim=1).values.contiguous()
+
+    def _normalizer(self, j: int) -> Tensor:
+        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
+        if (state := self.stats.get(Normalizer(j))) is not None:
+            return state
+        like = torch.empty(0, dtype=torch.float64, device=self.logits[0].device)
+        return Normalizer(j).empty(self.rows, {}, like)
+
+    def statistics(self, wanted: Sequence[Statistic]) -> tuple[Launch, Launch]:
+        """Launches that merge this block into first-sweep statistics."""
+        used = sorted(self.logits)
+        moments = [s for s in wanted if isinstance(s, Moment)]
+        tails = [s for s in wanted if isinstance(s, Tail)]
+        total = tuple(self.stats[s][0] for s in wanted if isinstance(s, Total))
+        greedy = next((self.stats[s][0] for s in wanted if isinstance(s, Argmax)), None)
+        tail = tuple(x for s in tails for x in self.stats[s].unbind())
+        config = configs.statistics_config(self.device.capability, len(used))
+        tiles, splits, shape = self._split(config)
+        fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
+        normalizers = [self._normalizer(j) for j in used]
+        ids = self.ids(tails[0].ids) if tails else None
+        parts = {
+            "partial": self._empty(fields, splits, self.rows),
+            "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
+            "rows": self.rows,
+            "offset": self.offset,
+        }
+        padded = [[*m.coefficients, *[0.0] * len(self.problem.streams)] for m in moments]
+        constants = {
+            "WEIGHTS": tuple(used.index(m.stream) for m in moments),
+            "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in used),
+        }
+        measure = Launch(
+            statistics.row_statistics,
+            (self.rows, splits),
+            {
+                **self._streams(used),
+                **parts,
+                "ids": ids,
+                "count": 0 if ids is None else ids.shape[1],
+                "tiles": tiles,
+            },
+            {**constants, **shape, "KINDS": self._kinds(used), "TOTAL": bool(total)},
+            config.warps,
+        )
+        merge = Launch(
+            statistics.merge_statistics,
+            (-(-self.rows // configs.MERGE_ROWS),),
+            {
+                **parts,
+                "maxima": tuple(n[0] for n in normalizers),
+                "sums": tuple(n[1] for n in normalizers),
+                "moments": tuple(self.stats[m][0] for m in moments),
+                "total": total,
+                "tail": tail,
+                "argmax": greedy,
+                "splits": splits,
+            },
+            {**constants, "BLOCK": configs.MERGE_ROWS},
+        )
+        return measure, merge
+
+    def outcomes(self, statistic: Outcomes) -> tuple[Launch, Tensor]:
+        """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
+        used = [0, statistic.teacher]
+        tiles, splits, shape = self._split(configs.OUTCOMES)
+        columns = _Columns()
+        shifts, inverses = columns.streams(self.stats, used)
+        assert (shifts, inverses) == ((0, 1), (2, 3))
+        columns.log_sums(self.stats, statistic.teacher)
+        partial = self._empty(2, splits, self.rows)
+        launch = Launch(
+            gradient.row_outcomes,
+            (self.rows, splits),
+            {
+                **self._streams(used),
+                "coefficients": columns.packed(),
+                "alpha": statistic.alpha,
+                "partial": partial,
+                "tiles": tiles,
+            },
+            {
+                **shape,
+                "KINDS": self._kinds(used),
+                "DIVERGENCE": gradient.DIVERGENCES.index(statistic.kind),
+            },
+            configs.OUTCOMES.warps,
+        )
+        return launch, partial
+
+    def gradient(self, terms: LogitGradient, out: Tensor, peaks: Tensor | None) -> Launch:
+        """The launch that writes the gradient with respect to the student's raw logits."""
+        curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
+        read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
+        used = sorted(read)
+        columns = _Columns()
+        shifts, inverses = columns.streams(self.stats, used)
+        config = configs.gradient_config(len(used), bool(curved))
+        tiles, splits, shape = self._split(config)
+        sparse = terms.sorted_sparse()
+        outside = next(iter(terms.outside), None)
+        left_out = None if outside is None else self.ids(outside)
+        constants = {
+            **shape,
+            "KINDS": self._kinds(used),
+            "SHIFTS": shifts,
+            "INVERSES": inverses,
+            "CONSTANT": columns.add(terms.constant),
+            "STUDENT": columns.add(terms.student),
+            "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
+            "SHARES": tuple(columns.share(self.stats, j, terms.probabilities) for j in used),
+            "OUTSIDE": columns.outside(self.stats, outside, terms),
+            "CURVED": columns.curved(self.stats, used, curved),
+            "FILTER": FILTER_TILE,
+        }
+        arguments = {
+            **self._streams(used),
+            "out": out,
+            "out_stride": out.stride(0),
+            "coefficients": columns.packed(),
+            "sparse": None if sparse is None else (sparse[0], sparse[1].float()),
+            "count": 0 if sparse is None else sparse[0].shape[1],
+            "outside": left_out,
+            "outside_count": 0 if left_out is None else left_out.shape[1],
+            "alpha": next((f.alpha for f, _ in curved), 0.0),
+            "peaks": peaks,
+            "tiles": tiles,
+            "offset": self.offset,
+        }
+        constants["FIELDS"] = columns.count
+        return Launch(
+            gradient.row_gradient, (self.rows, splits), arguments, constants, config.warps
+        )
+
+
+class _Columns:
+    """Per-row numbers side by side, and the place of each; -1 is the place of none."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._found)
+
+    def packed(self) -> Tensor:
+        """[count, rows] float32."""
+        return torch.stack([x.float() for x in self._found])
+
+    def add(self, numbers: Tensor | None) -> int:
+        if numbers is None:
+            return -1
+        self._found.append(numbers)
+        return len(self._found) - 1
+
+    def streams(
+        self, stats: RowStats, used: Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Places of what logits are relative to, and of 1 / sum, of each stream."""
+        normalizers = [stats.get(Normalizer(j)) for j in used]
+        shifts = tuple(self.add(None if n is None else finite_or_zero(n[0])) for n in normalizers)
+        return shifts, tuple(self.add(None if n is None else _inverse(n[1])) for n in normalizers)
+
+    def share(self, stats: RowStats, j: int, probabilities: dict[int, Tensor]) -> int:
+        if j not in probabilities:
+            return -1
+        return self.add(probabilities[j] * _inverse(stats[Normalizer(j)][1]))
+
+    def log_sums(self, stats: RowStats, teacher: int) -> int:
+        return self.add((stats.total(teacher) / stats.total()).log())
+
+    def outside(self, stats: RowStats, name: str | None, terms: LogitGradient) -> tuple[int, ...]:
+        if name is None:
+            return ()
+        maximum, total = stats[Tail(name)]
+        value = torch.where(total == 0, 0.0, terms.outside[name] / total)
+        return self.add(finite_or_zero(maximum)), self.add(value)
+
+    def curved(
+        self, stats: RowStats, used: Sequence[int], curved: Sequence[tuple[Divergence, Tensor]]
+    ) -> tuple[int, ...]:
+        if not curved:
+            return ()
+        functional, grad = curved[0]
+        places = used.index(functional.teacher), gradient.DIVERGENCES.index(functional.kind)
+        numbers = self.add(grad[0]), self.add(stats[functional.outcomes][1])
+        return *places, *numbers, self.log_sums(stats, functional.teacher)
+
+
+def _inverse(total: Tensor) -> Tensor:
+    """1 / sum, where a row without any mass has probabilities of 0."""
+    return torch.where(total == 0, 0.0, 1 / total)
+
+
+def transform(head: HeadOptions, values: Tensor) -> Launch:
+    """The launch that puts contiguous float32 values behind their head, in place."""
+    return Launch(
+        gradient.transform_values,
+        (max(-(-values.numel() // _VALUES), 1),),
+        {"values": values, "head": _numbers(head), "numel": values.numel()},
+        {"KIND": head_kind(head), "BLOCK": _VALUES},
+    )

@@ -1,0 +1,295 @@
+"""First-sweep statistics of a block of logits, each logit read once.
+
+A program walks its part of one row in tiles of DEPTH x LANES entries, LANES being one 16-byte
+access for each thread. Every lane keeps statistics of its own, relative to its own maximum: no
+thread waits for another until the end, a tile costs one exponential per entry and one per lane, and
+no float32 sum runs over more than a lane's share of the row. The lanes are joined at the end; the
+parts of a row by a second kernel, in double, so that the order is fixed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pad_kernels.backends.triton.math import (
+    finite_or_zero,
+    head_transform,
+    merge_normalizers,
+    rescale,
+    weighted,
+)
+
+#: Larger than any vocabulary id: what lies behind the end of a list, or was not found.
+NOWHERE: tl.constexpr = tl.constexpr(2147483647)
+
+
+@triton.jit
+def load_raw(logits, bias, place, columns, inside):
+    """Raw products of a tile in float32, bias added; 0 outside."""
+    raw = tl.load(logits + place + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + columns, mask=inside, other=0.0)
+    return raw
+
+
+@triton.jit
+def next_column(ids, cursor, count, offset):
+    """The column of the id at the cursor of an ascending list; far right behind its end."""
+    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
+
+
+@triton.jit
+def first_at_least(ids, count, least):
+    """The place of the first id that is not below ``least``, by bisection."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(ids + middle) < least
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def moved_moment(value, total, scale, old, new, COEFFICIENTS: tl.constexpr, FIRST: tl.constexpr):
+    """A part's moment relative to joined maxima; a part without mass counts 0.
+
+    ``old`` and ``new`` are the streams' maxima of the part and of the whole; ``total`` and
+    ``scale`` the part's sum in the stream that weighs, and what it is multiplied by.
+    """
+    shift = tl.zeros_like(value)
+    for j in tl.static_range(len(old)):
+        if COEFFICIENTS[FIRST + j] != 0:
+            shift += COEFFICIENTS[FIRST + j] * (finite_or_zero(old[j]) - finite_or_zero(new[j]))
+    return tl.where(scale * total == 0, 0.0, scale * (value + shift * total))
+
+
+@triton.jit
+def tile_moment(tile, share, maxima, COEFFICIENTS: tl.constexpr, FIRST: tl.constexpr):
+    """Sum over a tile's rows of share * sum_j c_j (a_j - max_j), [LANES]."""
+    factor = tl.zeros_like(share)
+    for j in tl.static_range(len(tile)):
+        if COEFFICIENTS[FIRST + j] != 0:
+            factor += COEFFICIENTS[FIRST + j] * (tile[j] - finite_or_zero(maxima[j])[None, :])
+    return tl.sum(weighted(share, factor), 0)
+
+
+@triton.jit
+def better(value, place, tile, columns):
+    """The largest entry so far of each lane and its column; a NaN counts as the largest."""
+    key = tl.where(tile != tile, float("inf"), tile)
+    largest = tl.max(key, 0)
+    found = tl.min(tl.where(key == largest[None, :], columns, NOWHERE), 0)
+    place = tl.where((largest > value) | (place == NOWHERE), found, place)
+    return tl.maximum(value, largest), place
+
+
+@triton.jit
+def add_tile(maximum, total, tile):
+    """(max, sum) of each lane with another tile, the tile's exponentials, and the sum's scale."""
+    joined = tl.maximum(maximum, tl.max(tile, 0))
+    share = tl.exp(tile - finite_or_zero(joined)[None, :])
+    scale = rescale(maximum, joined)
+    return joined, total * scale + tl.sum(share, 0), share, scale
+
+
+@triton.jit
+def store_normalizer(field, step, maximum, total):
+    """Join the lanes of a (max, sum) and store the two, `step` apart; the joined maximum."""
+    joined = tl.max(maximum, 0)
+    tl.store(field, joined)
+    tl.store(field + step, tl.sum(total * rescale(maximum, joined), 0))
+    return joined
+
+
+@triton.jit(do_not_specialize=["count", "rows", "tiles", "offset"])
+def row_statistics(
+    logits,  # of each stream a (rows, cols) pointer, rows `strides` apart
+    strides,
+    biases,  # of each stream (cols,) float32, or None
+    heads,  # of each stream (scale, softcap, temperature)
+    ids,  # (rows, count) int64, ascending: the entries that the tail leaves out, or None
+    count,
+    partial,  # (fields, splits, rows) float32: what merge_statistics reads
+    best,  # (splits, rows) int32, the largest entry's column, or None
+    rows,
+    cols,
+    tiles,  # of a split
+    offset,  # vocabulary id of the first column
+    KINDS: tl.constexpr,  # of each stream IDENTITY, LINEAR or CAPPED
+    WEIGHTS: tl.constexpr,  # of each moment the stream that weighs
+    COEFFICIENTS: tl.constexpr,  # (moments, streams), flat
+    TOTAL: tl.constexpr,  # whether to sum the first stream's logits
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    STREAMS: tl.constexpr = len(KINDS)
+    MOMENTS: tl.constexpr = len(WEIGHTS)
+    row = tl.program_id(0)
+    begin = tl.program_id(1) * tiles * (DEPTH * LANES)
+    end = tl.minimum(begin + tiles * (DEPTH * LANES), cols)
+    lanes = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    nothing = tl.zeros([LANES], tl.float32)
+    empty = tl.full([LANES], -float("inf"), tl.float32)
+    maxima, totals, moments = (), (), ()
+    for _ in tl.static_range(STREAMS):
+        maxima, totals = maxima + (empty,), totals + (nothing,)
+    for _ in tl.static_range(MOMENTS):
+        moments = moments + (nothing,)
+    total, tail_maximum, tail_total, best_value = nothing, empty, nothing, empty
+    place = tl.full([LANES], NOWHERE, tl.int32)
+    if ids is not None:
+        listed = ids + row.to(tl.int64) * count
+        cursor = first_at_least(listed, count, begin + offset)
+        upcoming = next_column(listed, cursor, count, offset)
+    for start in range(begin, end, DEPTH * LANES):
+        columns = start + lanes
+        inside = columns < end
+        tile, shares, scales, joined, sums, sums_of = (), (), (), (), (), ()
+        for j in tl.static_range(STREAMS):
+            raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
+            a = tl.where(inside, head_transform(raw, heads[j], KINDS[j]), -float("inf"))
+            maximum, mass, share, scale = add_tile(maxima[j], totals[j], a)
+            tile, shares, scales = tile + (a,), shares + (share,), scales + (scale,)
+            joined, sums = joined + (maximum,), sums + (mass,)
+        for k in tl.static_range(MOMENTS):
+            w: tl.constexpr = WEIGHTS[k]
+            FIRST: tl.constexpr = k * STREAMS
+            before = moved_moment(
+                moments[k], totals[w], scales[w], maxima, joined, COEFFICIENTS, FIRST
+            )
+            more = tile_moment(tile, shares[w], joined, COEFFICIENTS, FIRST)
+            sums_of = sums_of + (before + more,)
+        maxima, totals, moments = joined, sums, sums_of
+        if TOTAL:
+            total += tl.sum(tl.where(inside, tile[0], 0.0), 0)
+        if best is not None:
+            best_value, place = better(best_value, place, tile[0], columns)
+        if ids is not None:
+            rest = tile[0]
+            while upcoming < start + DEPTH * LANES:
+                rest = tl.where(columns == upcoming, -float("inf"), rest)
+                cursor += 1
+                upcoming = next_column(listed, cursor, count, offset)
+            tail_maximum, tail_total, _share, _scale = add_tile(tail_maximum, tail_total, rest)
+    field = partial + tl.program_id(1) * rows + row
+    step = tl.num_programs(1) * rows
+    whole = ()
+    for j in tl.static_range(STREAMS):
+        whole = whole + (store_normalizer(field, STREAMS * step, maxima[j], totals[j]),)
+        field += step
+    field += STREAMS * step
+    for k in tl.static_range(MOMENTS):
+        w: tl.constexpr = WEIGHTS[k]
+        FIRST: tl.constexpr = k * STREAMS
+        scale = rescale(maxima[w], whole[w])
+        parts = moved_moment(moments[k], totals[w], scale, maxima, whole, COEFFICIENTS, FIRST)
+        tl.store(field, tl.sum(parts, 0))
+        field += step
+    if TOTAL:
+        tl.store(field, tl.sum(total, 0))
+        field += step
+    if ids is not None:
+        store_normalizer(field, step, tail_maximum, tail_total)
+        field += 2 * step
+    if best is not None:
+        largest = tl.max(best_value, 0)
+        tl.store(field, largest)
+        found = tl.min(tl.where(best_value == largest, place, NOWHERE), 0)
+        tl.store(best + tl.program_id(1) * rows + row, found)
+
+
+@triton.jit
+def load_rows(pointers, row, inside):
+    """(rows,) numbers of each pointer of a tuple, in double."""
+    found = ()
+    for j in tl.static_range(len(pointers)):
+        found = found + (tl.load(pointers[j] + row, mask=inside, other=0.0).to(tl.float64),)
+    return found
+
+
+@triton.jit
+def store_rows(pointers, values, row, inside):
+    """The inverse of :func:`load_rows`."""
+    for j in tl.static_range(len(pointers)):
+        tl.store(pointers[j] + row, values[j], mask=inside)
+
+
+@triton.jit
+def load_fields(field, step, row, inside, COUNT: tl.constexpr):
+    """COUNT consecutive fields of a split, in double."""
+    found = ()
+    for k in tl.static_range(COUNT):
+        found = found + (tl.load(field + k * step + row, mask=inside, other=0.0).to(tl.float64),)
+    return found
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "offset"])
+def merge_statistics(
+    partial,  # (fields, splits, rows): maxima, sums and moments, [total], [tail's maximum, sum],
+    # [the largest entry]
+    best,  # (splits, rows) int32, or None
+    maxima,  # of each stream (rows,) float64, and likewise those that follow
+    sums,
+    moments,
+    total,  # one, or none
+    tail,  # (maximum, sum), or none
+    argmax,  # (rows,) int64, or None
+    rows,
+    splits,
+    offset,
+    WEIGHTS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Join the parts of each row, and what its earlier vocabulary chunks gave, in double."""
+    STREAMS: tl.constexpr = len(maxima)
+    MOMENTS: tl.constexpr = len(WEIGHTS)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    step = splits * rows
+    m, s = load_rows(maxima, row, inside), load_rows(sums, row, inside)
+    moment, whole = load_rows(moments, row, inside), load_rows(total, row, inside)
+    rest = load_rows(tail, row, inside)
+    if argmax is not None:
+        place = tl.load(argmax + row, mask=inside, other=0)
+    for split in range(splits):
+        field = partial + split * rows
+        part = load_fields(field, step, row, inside, STREAMS)
+        part_sum = load_fields(field + STREAMS * step, step, row, inside, STREAMS)
+        fresh = load_fields(field + 2 * STREAMS * step, step, row, inside, MOMENTS)
+        field += (2 * STREAMS + MOMENTS) * step
+        joined, joined_sums, joined_moments = (), (), ()
+        for j in tl.static_range(STREAMS):
+            a, b = merge_normalizers(m[j], s[j], part[j], part_sum[j])
+            joined, joined_sums = joined + (a,), joined_sums + (b,)
+        for k in tl.static_range(MOMENTS):
+            w: tl.constexpr = WEIGHTS[k]
+            FIRST: tl.constexpr = k * STREAMS
+            scale, other = rescale(m[w], joined[w]), rescale(part[w], joined[w])
+            a = moved_moment(moment[k], s[w], scale, m, joined, COEFFICIENTS, FIRST)
+            b = moved_moment(fresh[k], part_sum[w], other, part, joined, COEFFICIENTS, FIRST)
+            joined_moments = joined_moments + (a + b,)
+        if len(total) > 0:
+            whole = (whole[0] + load_fields(field, step, row, inside, 1)[0],)
+            field += step
+        if len(tail) > 0:
+            more = load_fields(field, step, row, inside, 2)
+            rest = merge_normalizers(rest[0], rest[1], more[0], more[1])
+            field += 2 * step
+        if argmax is not None:
+            value = load_fields(field, step, row, inside, 1)[0]
+            found = tl.load(best + split * rows + row, mask=inside, other=0).to(tl.int64) + offset
+            largest = tl.where(s[0] != s[0], float("inf"), m[0])
+            wins = (value > largest) | ((value == largest) & (found < place))
+            place = tl.where(wins | (place < 0), found, place)
+        m, s, moment = joined, joined_sums, joined_moments
+    store_rows(maxima, m, row, inside)
+    store_rows(sums, s, row, inside)
+    store_rows(moments, moment, row, inside)
+    store_rows(total, whole, row, inside)
+    store_rows(tail, rest, row, inside)
+    if argmax is not None:
+        tl.store(argmax + row, place, mask=inside)
