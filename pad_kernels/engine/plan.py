@@ -11,7 +11,7 @@ import torch
 from pad_kernels._checks import check_choice, check_integer, check_number, fail_type, fail_value
 
 SCHEDULES = ("early", "late", "kept")
-BACKENDS = ("reference", "torch_blocked", "cpp", "triton")
+BACKENDS = ("reference", "torch_blocked", "cpp", "triton", "cuda")
 
 _limit: int | None = None
 
@@ -43,7 +43,8 @@ class PlanRequest:
 
     Args:
         schedule: "early", "late" or "kept".
-        backend: "cpp", "triton", "torch_blocked" or "reference"; a named backend never falls back.
+        backend: "cpp", "triton", "cuda", "torch_blocked" or "reference"; a named backend never
+            falls back.
         budget: workspace in bytes.
         filter: skip column blocks of the logit gradient whose largest entry is below this fraction
             of the largest per-token weight; 0 is exact. Each entry of the logit gradient is then
