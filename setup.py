@@ -1,9 +1,9 @@
 """Builds the optional extensions from ``csrc/``; metadata is in pyproject.toml.
 
-``pad_kernels._C`` is for CPUs and needs a C++ compiler, ``pad_kernels._cuda`` is for NVIDIA GPUs and
-needs nvcc too, but neither a GPU nor a driver. torch is not required, nor is any compiler: if an
-extension cannot be built, the install still succeeds without it and a text file in the package says
-why, for ``pad_kernels.available_backends()``; the file is absent after a successful build.
+``pad_kernels._C`` is for CPUs and needs a C++ compiler, ``pad_kernels._cuda`` is for NVIDIA GPUs
+and needs nvcc too, but neither a GPU nor a driver. torch is not required, nor is any compiler: if
+an extension cannot be built, the install still succeeds without it and a text file in the package
+says why, for ``pad_kernels.available_backends()``; the file is absent after a successful build.
 
 ``PAD_KERNELS_CUDA_ARCHS`` names the GPUs to compile for, such as ``80 90a 100``; ``none`` leaves
 ``_cuda`` out.
@@ -28,8 +28,8 @@ ROW_PASS = CSRC / "cpu" / "row_pass.cpp"
 #: The file that says why an extension is missing.
 REASON_FILES = {"pad_kernels._C": "_native_build.txt", "pad_kernels._cuda": "_cuda_build.txt"}
 
-#: The GPUs to compile for: Ampere and its successors by sm_80, then Hopper and Blackwell. PTX for the
-#: first lets a driver compile for what comes later.
+#: The GPUs to compile for: Ampere and its successors by sm_80, then Hopper and Blackwell. PTX for
+#: the first lets a driver compile for what comes later.
 CUDA_ARCHS = ("80", "90a", "100")
 
 # No -ffast-math: infinities and NaN are ordinary input. These three only say that nobody reads
@@ -109,7 +109,7 @@ class BuildNative(build_ext):
         super().build_extension(ext)
 
     def _build_cuda(self, ext: Extension) -> None:
-        """Device code by nvcc, bindings by the C++ compiler, joined by nvcc with a static runtime."""
+        """Device code by nvcc, bindings by the C++ compiler, joined with a static runtime."""
         import pybind11
 
         archs = cuda_archs(nvcc := find_nvcc())
