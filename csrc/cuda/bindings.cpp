@@ -23,7 +23,11 @@ struct Gpu {
   static void place(pad::TransformArgs& args, Pointer stream) { args.queue = at(stream); }
   static void statistics(const pad::StatisticsArgs& args) { pad::cuda::row_statistics(args); }
   static void outcomes(const pad::OutcomeArgs& args) { pad::cuda::row_outcomes(args); }
-  static void gradient(const pad::GradientArgs& args) { pad::cuda::row_gradient(args); }
+  static void gradient(const pad::GradientArgs& args) {
+    // A group of columns may lie in two tiles, and not in more.
+    if (args.tile_absmax) require_count("tile", args.tile, 4);
+    pad::cuda::row_gradient(args);
+  }
   static void transform(const pad::TransformArgs& args) {
     // A few logits are handed over in the statistics' dtype.
     require(args.dtype == pad::DType::float32, "dtype", "float32", "another");

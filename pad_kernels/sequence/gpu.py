@@ -159,6 +159,8 @@ def listwise(
     loss = like.new_empty(groups, dtype=dtype)
     gradient = like.new_empty((groups if with_gradient else 0, n), dtype=dtype)
     inverse = like.new_empty(groups * n if of_tokens else 0, dtype=torch.float64)
+    if groups == 0:
+        return loss, gradient, inverse
     if isinstance(student, Tokens):
         (tokens, held), numbers = student.packed(), _numbers(None)
     else:
