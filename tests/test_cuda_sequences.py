@@ -54,7 +54,8 @@ def test_listwise_losses(kernels: Any, kind: str, n: int, spread: float) -> None
         options = {"kind": kind, "beta": 0.7, "reduction": "none"}
         wanted = listwise_by("torch", student, teacher, **options)
         for a, b in zip(listwise_by("cuda", student, teacher, **options), wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            largest = max(1.0, b.abs().max().item())
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("kl", 5), ("reverse_kl", 4), ("jsd", 3)])

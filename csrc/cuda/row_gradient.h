@@ -1,6 +1,8 @@
 // The second sweep of a divergence, and the gradient with respect to the student's logits.
 #pragma once
 
+#include <utility>
+
 #include "row_streams.h"
 
 namespace pad {
@@ -201,9 +203,15 @@ struct GradientThread {
     if constexpr (kTerms != Terms::plain)
       if (args.outside_value) add_outside(col, a[0], d);
     if constexpr (kTerms == Terms::everything) {
+      // The teacher's logits by comparison, number by number: registers have no index.
+      float a_t[kCount];
       PAD_UNROLL
-      for (int j = 1; j < S; ++j)
-        if (j == args.divergence.teacher) add_divergence(a[0], a[j], d);
+      for (int i = 0; i < kCount; ++i) {
+        a_t[i] = a[1][i];
+        PAD_UNROLL
+        for (int j = 2; j < S; ++j) a_t[i] = j == args.divergence.teacher ? a[j][i] : a_t[i];
+      }
+      add_divergence(a[0], a_t, d, std::make_index_sequence<kCount>());
     }
     if (args.sparse.k > 0) add_sparse(col, d);
     const Head<float>& head = in.heads.of[0];
@@ -249,16 +257,18 @@ struct GradientThread {
       d[i] += listed >> i & 1u ? 0.0f : exp_of(a[i] - outside_shift) * outside_value;
   }
 
-  template <int kCount>
+  // No loop: a compiler that makes one for each kind does not unroll them, and the arrays of a loop
+  // are in memory.
+  template <int kCount, size_t... kIndex>
   PAD_DEVICE void add_divergence(const float (&a_s)[kCount], const float (&a_t)[kCount],
-                                 float (&d)[kCount]) const {
+                                 float (&d)[kCount], std::index_sequence<kIndex...>) const {
+    (add_outcome(a_s[kIndex], a_t[kIndex], d[kIndex]), ...);
+  }
+  PAD_DEVICE void add_outcome(float a_s, float a_t, float& d) const {
     const DivergenceArgs& divergence = in.args.divergence;
-    PAD_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const Outcome<float> found =
-          outcome_by_kind(divergence.kind, a_s[i], a_t[i], constants, float(divergence.alpha));
-      d[i] += weight * (found.slope - found.s * mean);
-    }
+    const Outcome<float> found =
+        outcome_by_kind(divergence.kind, a_s, a_t, constants, float(divergence.alpha));
+    d += weight * (found.slope - found.s * mean);
   }
 
   // The listed values, where a vector has some: few have.

@@ -307,8 +307,8 @@ PAD_DEVICE void write_statistics(const StatisticsThread<Z, S>& found) {
 template <class Z, int S>
 struct StatisticsKernel {
   using Args = StatisticsLaunch;
-  // Registers for 4 blocks on a multiprocessor, 2 where there are many streams.
-  static constexpr int kThreads = kRowThreads, kBlocks = S == 1 ? 4 : (S == 2 ? 3 : 2);
+  // Blocks on a multiprocessor to have registers for; one more would spill.
+  static constexpr int kThreads = kRowThreads, kBlocks = S == 1 ? 3 : 2;
 
   template <class Team>
   static PAD_DEVICE void run(Team& team, int64_t row, const Args& in) {
