@@ -55,7 +55,7 @@ format: $(STAMPS)/dev ## let ruff and clang-format rewrite what they can
 
 clean: ## remove the environment, the built extension and caches
 	rm -rf $(VENV) build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .coverage
-	rm -f pad_kernels/_C*.so pad_kernels/_native_build.txt
+	rm -f pad_kernels/_C*.so pad_kernels/_cuda*.so pad_kernels/_*_build.txt
 
 $(BIN)/python:
 	@echo "== virtual environment in $(VENV)"

@@ -36,9 +36,13 @@ PAD_HD int lowest_bit(uint32_t mask) {
 }
 
 PAD_HD int count_bits(uint32_t mask) {
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+  return __popc(mask);
+#else
   int count = 0;
   for (; mask; mask &= mask - 1) ++count;
   return count;
+#endif
 }
 
 // Softmax over every subset, without an exponential per subset: a subset keeps which member is

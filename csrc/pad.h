@@ -15,6 +15,16 @@
 #define PAD_HD inline
 #endif
 
+// Loops over a few numbers that a GPU keeps in registers, and loops whose copies would need too
+// many of those.
+#if defined(__CUDACC__)
+#define PAD_UNROLL _Pragma("unroll")
+#define PAD_NO_UNROLL _Pragma("unroll 1")
+#else
+#define PAD_UNROLL
+#define PAD_NO_UNROLL
+#endif
+
 // The row pass is compiled once per instruction set. Formulas live in pad::PAD_ISA, so that each
 // copy has names of its own: a linker that merges equal inline functions can then never hand
 // AVX-512 code to a machine without it.

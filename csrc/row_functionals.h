@@ -86,6 +86,13 @@ PAD_HD T exp_of(T x) {
   const ExpParts<T> parts = exp_parts(x > ExpRange<T>::highest ? ExpRange<T>::highest : x);
   return x < ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
 }
+#if defined(__CUDA_ARCH__)
+// A GPU's own takes half as many instructions, one of them its exponential unit.
+template <>
+__device__ inline float exp_of<float>(float x) {
+  return expf(x);
+}
+#endif
 
 // log(1 + y) for y in (-1, 0], about 1 ulp. 1 + y = 2^k f with f in [sqrt(1/2), sqrt(2)); where
 // k is 0 the series takes y itself, so that a small y keeps its digits.
@@ -227,6 +234,15 @@ PAD_HD T larger(T left, T right) {
   return (left > right || left != left) ? left : right;
 }
 
+// of[index] by comparison: a GPU cannot index registers with a number known at run time alone.
+template <class T>
+PAD_HD T chosen(const T* of, int index) {
+  T found = of[0];
+  PAD_UNROLL
+  for (int j = 1; j < kMaxStreams; ++j) found = j == index ? of[j] : found;
+  return found;
+}
+
 // M = sum_v exp(a_w - max_w) * sum_j c_j (a_j - max_j). A log-ratio of two streams has coefficients
 // 1 and -1, and over and under are their numbers; else they are -1.
 template <class T>
@@ -272,27 +288,36 @@ template <class T>
 PAD_HD T merged_moment(const RowState<T>& side, T value, const T* maximum, const Moment<T>& moment,
                        int streams) {
   const int w = moment.weight;
-  const T scale = merge_scale(side.maximum[w], maximum[w]);
-  if (scale == T(0) || side.sum[w] == T(0)) return T(0);
+  const T sum = chosen(side.sum, w);
+  const T scale = merge_scale(chosen(side.maximum, w), chosen(maximum, w));
+  if (scale == T(0) || sum == T(0)) return T(0);
   T shift = T(0);
-  for (int j = 0; j < streams; ++j) {
+  PAD_UNROLL
+  for (int j = 0; j < kMaxStreams; ++j) {
+    if (j >= streams) break;
     // A side whose stream j is all -inf has an infinite moment already: no shift changes it.
     const bool moves = side.maximum[j] != maximum[j] && side.maximum[j] != -T(INFINITY);
     if (moves && moment.coefficients[j] != T(0))
       shift += moment.coefficients[j] * (side.maximum[j] - maximum[j]);
   }
-  return scale * (value + shift * side.sum[w]);
+  return scale * (value + shift * sum);
 }
 
 template <class T>
 PAD_HD void merge(RowState<T>& into, const RowState<T>& other, int streams,
                   const Moment<T>* moments, int moment_count) {
   T maximum[kMaxStreams];
-  for (int j = 0; j < streams; ++j) maximum[j] = larger(into.maximum[j], other.maximum[j]);
-  for (int k = 0; k < moment_count; ++k)
+  PAD_UNROLL
+  for (int j = 0; j < kMaxStreams; ++j) maximum[j] = larger(into.maximum[j], other.maximum[j]);
+  PAD_UNROLL
+  for (int k = 0; k < kMaxMoments; ++k) {
+    if (k >= moment_count) break;
     into.moment[k] = merged_moment(into, into.moment[k], maximum, moments[k], streams) +
                      merged_moment(other, other.moment[k], maximum, moments[k], streams);
-  for (int j = 0; j < streams; ++j) {
+  }
+  PAD_UNROLL
+  for (int j = 0; j < kMaxStreams; ++j) {
+    if (j >= streams) break;
     into.sum[j] = into.sum[j] * merge_scale(into.maximum[j], maximum[j]) +
                   other.sum[j] * merge_scale(other.maximum[j], maximum[j]);
     // A NaN among the logits reaches every sum, but not every maximum.

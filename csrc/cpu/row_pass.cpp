@@ -833,6 +833,8 @@ void row_statistics(const StatisticsArgs& args) {
       return statistics<double>(args);
     case DType::bfloat16:
       return statistics<bfloat16>(args);
+    case DType::float16:
+      return;  // see Cpu::has
   }
 }
 
@@ -845,6 +847,8 @@ void row_outcomes(const OutcomeArgs& args) {
       return outcomes<double>(args);
     case DType::bfloat16:
       return outcomes<bfloat16>(args);
+    case DType::float16:
+      return;
   }
 }
 
@@ -857,6 +861,8 @@ void row_gradient(const GradientArgs& args) {
       return gradient<double>(args);
     case DType::bfloat16:
       return gradient<bfloat16>(args);
+    case DType::float16:
+      return;
   }
 }
 

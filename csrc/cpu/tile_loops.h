@@ -2,6 +2,7 @@
 // one plain loop that the compiler vectorises. For row_pass.cpp alone, once per instruction set.
 #pragma once
 
+#include "../stored.h"
 #include "row_pass.h"
 
 namespace pad {
@@ -28,43 +29,6 @@ int64_t segment_width(int64_t cols) {
 }
 
 int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
-
-// ---------------------------------------------------------------- stored types
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-template <class Z>
-struct Accumulator {
-  using type = Z;
-};
-template <>
-struct Accumulator<bfloat16> {
-  using type = float;
-};
-
-PAD_HD float load(float z) { return z; }
-PAD_HD double load(double z) { return z; }
-PAD_HD float load(bfloat16 z) { return bits_as<float>(uint32_t(z.bits) << 16); }
-
-template <class Z>
-Z store(typename Accumulator<Z>::type value);
-template <>
-PAD_HD float store<float>(float value) {
-  return value;
-}
-template <>
-PAD_HD double store<double>(double value) {
-  return value;
-}
-// Round to nearest, ties to even; a NaN stays one (rounding could carry it to infinity).
-template <>
-PAD_HD bfloat16 store<bfloat16>(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return {uint16_t(value != value ? 0x7fc0u : rounded)};
-}
 
 // Signed integers in the order of the numbers, so that a maximum needs no floating-point
 // comparison: compilers vectorise an integer maximum without being allowed to forget NaN.

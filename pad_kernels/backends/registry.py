@@ -16,13 +16,14 @@ CAPABILITY_LEAST = (8, 0)
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str]:
+def _load(name: str, reason_file: str) -> tuple[ModuleType | None, str]:
+    """A compiled module, or why it is missing: what its build has left in a file, if it has."""
     # torch first: it loads the OpenMP runtime whose thread pool the extension then shares.
     importlib.import_module("torch")
     try:
-        return importlib.import_module("pad_kernels._C"), ""
+        return importlib.import_module(name), ""
     except ImportError as error:
-        note = os.path.join(os.path.dirname(os.path.dirname(__file__)), "_native_build.txt")
+        note = os.path.join(os.path.dirname(os.path.dirname(__file__)), reason_file)
         if os.path.exists(note):
             with open(note, encoding="utf-8") as file:
                 return None, file.read().strip()
@@ -31,12 +32,24 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def native() -> ModuleType | None:
     """The compiled extension, or None where it could not be built or loaded."""
-    return _load()[0]
+    return _load("pad_kernels._C", "_native_build.txt")[0]
 
 
 def native_error() -> str:
     """Why :func:`native` is None; empty when it is there."""
-    return _load()[1]
+    return _load("pad_kernels._C", "_native_build.txt")[1]
+
+
+def cuda() -> ModuleType | None:
+    """The extension compiled by nvcc, or None. It loads on machines without a GPU too."""
+    return _load("pad_kernels._cuda", "_cuda_build.txt")[0]
+
+
+@functools.cache
+def cuda_error(device: int = 0) -> str:
+    """Why no kernel of :func:`cuda` can run on that GPU; empty when they can."""
+    module, reason = _load("pad_kernels._cuda", "_cuda_build.txt")
+    return reason if module is None else str(module.device_error(device))
 
 
 def interpreting() -> bool:

@@ -18,7 +18,7 @@ from pad_kernels._checks import (
 )
 
 SCHEDULES = ("early", "late", "kept")
-BACKENDS = ("reference", "torch_blocked", "cpp", "triton")
+BACKENDS = ("reference", "torch_blocked", "cpp", "triton", "cuda")
 
 _limit: int | None = None
 
@@ -50,7 +50,8 @@ class PlanRequest:
 
     Args:
         schedule: "early", "late" or "kept".
-        backend: "cpp", "triton", "torch_blocked" or "reference"; a named backend never falls back.
+        backend: "cpp", "triton", "cuda", "torch_blocked" or "reference"; a named backend never
+            falls back.
         budget: workspace in bytes.
         filter: skip column blocks of the logit gradient whose largest entry is below this fraction
             of the largest per-token weight; 0 is exact. Each entry of the logit gradient is then

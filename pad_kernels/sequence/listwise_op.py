@@ -19,7 +19,7 @@ from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.registry import native, native_error
 from pad_kernels.engine.workspace import Workspace
-from pad_kernels.sequence import listwise_sampling, listwise_torch
+from pad_kernels.sequence import gpu, listwise_sampling, listwise_torch
 
 #: Kinds that csrc/listwise.h has; the others are a few vectorised torch operations.
 _NATIVE_KINDS = ("kl", "reverse_kl", "jsd", "jsd_released")
@@ -144,6 +144,11 @@ def listwise_preference(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [groups], its standard error [groups] and its gradient [groups, n]."""
+    if kind in gpu.KINDS and not samples and gpu.usable(student) and _forced.get() is None:
+        loss, grad, _ = gpu.listwise(
+            kind, student, teacher, valid, beta, subset_size, with_gradient
+        )
+        return loss, torch.zeros_like(loss), grad
     bad = check_finite("student_rewards", student, valid)
     bad_teacher = check_finite("teacher_rewards", teacher, valid)
     groups, n = student.shape

@@ -122,6 +122,15 @@ def _counted_groups(valid: Tensor | None, groups: int, size: int) -> Tensor | in
     return (padded.view(groups, parts, size).sum(-1) >= 2).any(-1).sum().clamp(min=1)
 
 
+def reduced(loss: Tensor, valid: Tensor | None, size: int, reduction: str) -> Tensor:
+    """Losses [groups] of subsets of that size as the reduction has it."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / _counted_groups(valid, loss.shape[0], size)
+
+
 def listwise_preference_estimate(
     student_rewards: Tensor,
     teacher_rewards: Tensor,
@@ -191,10 +200,11 @@ def listwise_preference_estimate(
     if reduction == "none":
         return ListwiseEstimate(loss, error)
     # Groups are sampled independently: their variances add up.
-    divisor: Tensor | int = 1
+    size = ranking.subset_size
+    total = error.square().sum().sqrt()
     if reduction == "mean":
-        divisor = _counted_groups(valid, student.shape[0], ranking.subset_size)
-    return ListwiseEstimate(loss.sum() / divisor, error.square().sum().sqrt() / divisor)
+        total = total / _counted_groups(valid, student.shape[0], size)
+    return ListwiseEstimate(reduced(loss, valid, size, reduction), total)
 
 
 def listwise_preference_loss(

@@ -15,9 +15,11 @@ from pad_kernels._checks import (
     check_tensor,
     fail_value,
 )
+from pad_kernels.sequence import gpu
 from pad_kernels.sequence.listwise_op import check_finite
-from pad_kernels.sequence.plackett_luce import check_ranking, listwise_preference_loss
+from pad_kernels.sequence.plackett_luce import check_ranking, listwise_preference_loss, reduced
 from pad_kernels.sequence.rewards import NORMALIZATIONS, checked_offsets, sequence_reward
+from pad_kernels.sequence.token_ops import token_listwise
 
 if TYPE_CHECKING:
     from pad_kernels.engine.plan import Plan, PlanRequest
@@ -160,7 +162,7 @@ def linear_preference_loss(
     from pad_kernels.api import linear_logprob  # api is above this module
 
     _check_layout(hidden, labels, teacher_rewards, cu_seqlens)
-    check_ranking(
+    ranking = check_ranking(
         teacher_rewards,
         beta=beta,
         kind=kind,
@@ -191,6 +193,19 @@ def linear_preference_loss(
         ignore_index=ignore_index,
         plan=plan,
     )
+    if kind in gpu.KINDS and samples is None and gpu.usable(logprob):
+        groups, n = teacher_rewards.shape
+        packed = cu_seqlens is not None
+        loss, _, _ = token_listwise(
+            logprob if packed else logprob.reshape(groups * n, -1),
+            teacher_rewards,
+            cu_seqlens,
+            counted if packed else counted.reshape(groups * n, -1),
+            valid,
+            *(kind, ranking.beta, ranking.subset_size, ignore_index, normalize == "length"),
+            torch.is_grad_enabled() and logprob.requires_grad,
+        )
+        return reduced(loss, valid, ranking.subset_size, reduction)
     rewards = sequence_reward(
         logprob,
         labels=counted,

@@ -15,6 +15,8 @@ from pad_kernels._checks import (
     fail_value,
 )
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.sequence import gpu
+from pad_kernels.sequence.token_ops import token_rewards
 
 NORMALIZATIONS = ("length", "none")
 
@@ -45,6 +47,24 @@ def _fake_offsets(cu_seqlens: Tensor, total: int) -> Tensor:
 def _packed_sums(values: Tensor, offsets: Tensor) -> Tensor:
     # segment_reduce adds each sequence in order: deterministic on every device, unlike index_add.
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, initial=0)
+
+
+def _rewards_on_gpu(
+    logprob: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    mean: bool,
+) -> Tensor:
+    """The same by one kernel, sequences [..., T] side by side."""
+    shape = logprob.shape
+    if offsets is None:
+        logprob = logprob.reshape(shape[:-1].numel(), shape[-1])
+        mask = None if mask is None else mask.reshape(logprob.shape)
+        labels = None if labels is None else labels.reshape(logprob.shape)
+    reward, _ = token_rewards(logprob, offsets, mask, labels, ignore_index, mean)
+    return reward.view(shape[:-1]) if offsets is None else reward
 
 
 def sequence_reward(
@@ -94,24 +114,30 @@ def sequence_reward(
     if logprob.dim() == 0:
         fail_value("logprob", "at least 1 dimension", "shape ()")
     shape, device = logprob.shape, logprob.device
-    counted = torch.ones_like(logprob, dtype=torch.bool)
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), shape=shape, device=device)
-        counted = counted & mask
     if labels is not None:
         check_tensor("labels", labels, dtypes=INTEGERS, shape=shape, device=device)
-        counted = counted & (labels != ignore_index)
-    accumulate = accumulate_dtype(logprob.dtype)
-    kept = torch.where(counted, logprob.to(accumulate), 0.0)
-    if cu_seqlens is None:
-        total, length = kept.sum(-1), counted.sum(-1)
-    else:
+    offsets = None
+    if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, dtypes=INTEGERS, ndim=1, device=logprob.device)
         if logprob.dim() != 1:
             fail_value("logprob", "one dimension with cu_seqlens", f"shape {tuple(logprob.shape)}")
         if cu_seqlens.shape[0] < 1:
             fail_value("cu_seqlens", "at least one boundary", "none")
         offsets = checked_offsets(cu_seqlens, logprob.shape[0])
+    if gpu.usable(logprob):
+        return _rewards_on_gpu(logprob, offsets, mask, labels, ignore_index, normalize == "length")
+    counted = torch.ones_like(logprob, dtype=torch.bool)
+    if mask is not None:
+        counted = counted & mask
+    if labels is not None:
+        counted = counted & (labels != ignore_index)
+    accumulate = accumulate_dtype(logprob.dtype)
+    kept = torch.where(counted, logprob.to(accumulate), 0.0)
+    if offsets is None:
+        total, length = kept.sum(-1), counted.sum(-1)
+    else:
         total = _packed_sums(kept, offsets)
         length = _packed_sums(counted.to(torch.float64), offsets)
     if normalize == "none":

@@ -1,0 +1,239 @@
+"""Row passes of a compiled module, by pointers: what the C++ and the CUDA backend have in common.
+
+One read of a block for its statistics, one more for its gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pad_kernels.backends.base import get_backend
+from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals import Divergence
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    RowStats,
+    Statistic,
+    Tail,
+    Total,
+)
+from pad_kernels.heads import HeadOptions
+
+_KNOWN = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
+#: How many of a kind one pass takes.
+_ROOM: dict[type[Statistic], int] = {Moment: 4, Tail: 1, Outcomes: 1}
+#: Streams of one pass: the student and three teachers.
+_STREAMS = 4
+_Stream = tuple[int, int, int, float, float, float]
+
+
+class NativeBackend:
+    """Every functional of the library, by the row passes of a compiled module."""
+
+    #: Types of device whose tensors the module takes, and dtypes with the module's names for them.
+    devices: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[dict[torch.dtype, str]]
+    #: What the module calls the number of :meth:`running`.
+    place: str
+
+    def module(self) -> Any:
+        """The compiled module."""
+        raise NotImplementedError
+
+    def running(self, device: torch.device) -> AbstractContextManager[int]:
+        """The number that each pass wants to know: of threads, or a stream's."""
+        raise NotImplementedError
+
+    def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
+        """Why the passes cannot do the recipe; None if they can."""
+        if device.type not in self.devices:
+            return f"tensors are on {device.type}"
+        if recipe.gemm not in self.dtypes:
+            return f"no row pass for {recipe.gemm}"
+        if len(recipe.heads) > _STREAMS:
+            return f"a row pass has room for {_STREAMS} streams"
+        for functional in recipe.functionals:
+            for statistic in functional.statistics:
+                if not isinstance(statistic, (*_KNOWN, Picked)):
+                    name = type(functional).__name__
+                    return f"{name} needs {type(statistic).__name__}, which has no row pass yet"
+        for kind, room in _ROOM.items():
+            if sum(isinstance(s, kind) for s in recipe.statistics) > room:
+                return f"a row pass has room for {room} of {kind.__name__}"
+        return None
+
+    def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
+        logits = raw.contiguous().clone()
+        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
+        with self.running(logits.device) as where:
+            self.module().head_transform(
+                *(self.dtypes[logits.dtype], logits.data_ptr(), logits.numel(), *options, where)
+            )
+        return logits
+
+    def measure(
+        self,
+        problem: Problem,
+        stats: RowStats,
+        wanted: list[Statistic],
+        logits: dict[int, Tensor],
+        offset: int,
+    ) -> None:
+        if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
+            others = [s for s in wanted if s not in ours]
+            get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
+        block = _Block(self, problem, stats, logits, offset)
+        for statistic in ours:
+            if isinstance(statistic, Outcomes):
+                block.outcomes(statistic)
+        first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
+        if first:
+            block.statistics(first)
+
+    def gradient(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        peaks = None
+        if bound > 0:
+            tiles = -(-out.shape[1] // FILTER_TILE)
+            peaks = torch.zeros(tiles, dtype=torch.float32, device=out.device)
+        _Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
+        return peaks
+
+
+class _Block:
+    """One block of raw logits as a module's functions take it: pointers to all of it.
+
+    Whatever had to be copied is held until the block is done with.
+    """
+
+    def __init__(
+        self,
+        backend: NativeBackend,
+        problem: Problem,
+        stats: RowStats,
+        logits: dict[int, Tensor],
+        offset: int,
+    ) -> None:
+        self._held: list[Tensor] = []
+        self.backend, self.device = backend, logits[0].device
+        self.stats, self.offset = stats, offset
+        self.rows, self.cols = logits[0].shape
+        self.dtype = backend.dtypes[logits[0].dtype]
+        self.streams = [self._stream(problem, logits, j) for j in range(max(logits) + 1)]
+        normalizers = [self._normalizer(j) for j in range(len(self.streams))]
+        self.maxima = [self._pointer(n[0]) for n in normalizers]
+        self.sums = [self._pointer(n[1]) for n in normalizers]
+
+    def _pointer(self, tensor: Tensor | None) -> int:
+        """The address of a contiguous tensor that stays alive; 0 for none."""
+        if tensor is None:
+            return 0
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _column(self, tensor: Tensor | None) -> int:
+        """The address of one double per row."""
+        return self._pointer(None if tensor is None else tensor.double().contiguous())
+
+    def _stream(self, problem: Problem, logits: dict[int, Tensor], j: int) -> _Stream:
+        if j not in logits:
+            return 0, 0, 0, 1.0, 0.0, 1.0
+        bias, head = problem.streams[j].bias, problem.streams[j].head
+        shifted = 0 if bias is None else bias[self.offset :].data_ptr()
+        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
+        return logits[j].data_ptr(), logits[j].stride(0), shifted, *options
+
+    def _normalizer(self, j: int) -> Tensor:
+        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
+        state = self.stats.get(Normalizer(j))
+        if state is not None:
+            return state
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        return Normalizer(j).empty(self.rows, {}, like)
+
+    def _sorted(self, name: str) -> Tensor:
+        """Per-row ids, ascending."""
+        return self.stats.inputs[name].sort(dim=1).values
+
+    def statistics(self, wanted: list[Statistic]) -> None:
+        """Merge this block into first-sweep statistics."""
+        moments: list[tuple[int, tuple[float, ...], int]] = []
+        more: dict[str, Any] = {}
+        for s in wanted:
+            if isinstance(s, Moment):
+                padded = (*s.coefficients, *[0.0] * len(self.streams))[: len(self.streams)]
+                moments.append((s.stream, padded, self.stats[s].data_ptr()))
+            elif isinstance(s, Total):
+                more["total"] = self.stats[s].data_ptr()
+            elif isinstance(s, Argmax):
+                more["argmax"] = self.stats[s].data_ptr()
+                # The running best value is the running maximum; the pass updates a copy of it.
+                more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
+            elif isinstance(s, Tail):
+                ids = self._sorted(s.ids)
+                more["tail"] = (self._pointer(ids), ids.shape[1])
+                more["tail_maximum"], more["tail_sum"] = (x.data_ptr() for x in self.stats[s])
+        with self.backend.running(self.device) as where:
+            self.backend.module().row_statistics(
+                *(self.dtype, self.streams, self.rows, self.cols, self.offset),
+                *(self.maxima, self.sums, moments),
+                **more,
+                **{self.backend.place: where},
+            )
+
+    def outcomes(self, statistic: Outcomes) -> None:
+        """Merge this block into the sums of a second sweep."""
+        value, slope = (x.data_ptr() for x in self.stats[statistic])
+        with self.backend.running(self.device) as where:
+            self.backend.module().row_outcomes(
+                *(self.dtype, self.streams, self.rows, self.cols, self.maxima, self.sums),
+                (statistic.kind, statistic.alpha, statistic.teacher),
+                *(value, slope, where),
+            )
+
+    def gradient(self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None) -> None:
+        """Write the gradient with respect to the student's raw logits."""
+        module = self.backend.module()
+        terms = module.GradientTerms()
+        terms.c0, terms.c1 = self._column(gradient.constant), self._column(gradient.student)
+        streams = range(len(self.streams))
+        terms.q = [self._column(gradient.moments.get(j)) for j in streams]
+        terms.p = [self._column(gradient.probabilities.get(j)) for j in streams]
+        if (sparse := gradient.sorted_sparse()) is not None:
+            terms.sparse = (self._pointer(sparse[0]), sparse[0].shape[1])
+            terms.sparse_values = self._column(sparse[1])
+        for name, value in gradient.outside.items():
+            ids, (maximum, total) = self._sorted(name), self.stats[Tail(name)]
+            terms.outside = (self._pointer(ids), ids.shape[1])
+            terms.outside_maximum = self._column(maximum)
+            terms.outside_value = self._column(torch.where(total == 0, 0.0, value / total))
+        for functional, grad in gradient.curved:
+            assert isinstance(functional, Divergence)
+            terms.divergence = (functional.kind, functional.alpha, functional.teacher)
+            terms.divergence_weight = self._column(grad[0])
+            terms.divergence_slope = self._column(self.stats[functional.outcomes][1])
+        with self.backend.running(self.device) as where:
+            module.row_gradient(
+                *(self.dtype, self.streams, self.rows, self.cols, self.offset),
+                *(self.maxima, self.sums, out.data_ptr(), out.stride(0)),
+                *(terms, FILTER_TILE, self._pointer(peaks), where),
+            )
