@@ -209,7 +209,8 @@ struct GradientThread {
       for (int i = 0; i < kCount; ++i) {
         a_t[i] = a[1][i];
         PAD_UNROLL
-        for (int j = 2; j < S; ++j) a_t[i] = j == args.divergence.teacher ? a[j][i] : a_t[i];
+        for (int j = 2; j < S; ++j)
+          if (j == args.divergence.teacher) a_t[i] = a[j][i];
       }
       add_divergence(a[0], a_t, d, std::make_index_sequence<kCount>());
     }
