@@ -323,7 +323,7 @@ struct GradientKernel {
     if (args.sparse.k > 0)
       mine.sparse = mark_listed(team, words, args.sparse.ids + row * args.sparse.k, args.sparse.k,
                                 args.vocab_offset, begin, end);
-    if constexpr (kTerms == Terms::outside)
+    if (kTerms != Terms::plain && args.outside_value)
       mine.outside = mark_listed(team, words + count, args.outside.ids + row * args.outside.k,
                                  args.outside.k, args.vocab_offset, begin, end);
     mine.peaks = args.tile_absmax ? words + 2 * count : nullptr;
