@@ -209,7 +209,8 @@ struct GradientThread {
       for (int i = 0; i < kCount; ++i) {
         a_t[i] = a[1][i];
         PAD_UNROLL
-        for (int j = 2; j < S; ++j) a_t[i] = j == args.divergence.teacher ? a[j][i] : a_t[i];
+        for (int j = 2; j < S; ++j)
+          if (j == args.divergence.teacher) a_t[i] = a[j][i];
       }
       add_divergence(a[0], a_t, d, std::make_index_sequence<kCount>());
     }
@@ -322,7 +323,7 @@ struct GradientKernel {
     if (args.sparse.k > 0)
       mine.sparse = mark_listed(team, words, args.sparse.ids + row * args.sparse.k, args.sparse.k,
                                 args.vocab_offset, begin, end);
-    if constexpr (kTerms == Terms::outside)
+    if (kTerms != Terms::plain && args.outside_value)
       mine.outside = mark_listed(team, words + count, args.outside.ids + row * args.outside.k,
                                  args.outside.k, args.vocab_offset, begin, end);
     mine.peaks = args.tile_absmax ? words + 2 * count : nullptr;
