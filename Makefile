@@ -18,7 +18,7 @@ NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -
 .PHONY: help demo test coverage bench gpu-check lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "  ARGS='...' is handed on, for example: make test ARGS='-k sequence -x'"
 
 demo: $(STAMPS)/demo ## distil preferences into a small model on this machine and write a report
