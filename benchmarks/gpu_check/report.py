@@ -17,7 +17,7 @@ def write(out: Path) -> str:
     stages = {name: _load(out / f"{name}.jsonl") for name in ("parity", "sanitize", "bench")}
     meta = next((lines[0]["meta"] for lines in reversed(stages.values()) if lines), None)
     build = out / "build.json"
-    whole = {
+    whole: Record = {
         "meta": meta,
         "build": json.loads(build.read_text()) if build.exists() else None,
         **{name: lines[1:] for name, lines in stages.items()},

@@ -18,8 +18,9 @@ TOOLS = ("memcheck", "racecheck")
 WATCHED = {
     "rows": ("{}/bfloat16/early1/odd", "[every_option]"),
     "recompute": ("{}/float16/late1/odd", "logprob[every_option]"),
-    "functionals": ("{}/float32/functionals", "total early"),
-    "sequences": ("sequences", " jsd 4"),
+    "functionals": ("{}/float32/functionals", "total early distill"),
+    "filter": ("{}/numerics", "filter early 1.0"),
+    "sequences": ("sequences", " 4"),
 }
 #: Seconds: of a group of parity checks, of a watched group, of a benchmark case.
 PARITY_SECONDS, WATCHED_SECONDS, BENCH_SECONDS = 90.0, 150.0, 110.0
@@ -43,12 +44,10 @@ def gpu_backends(device: str) -> list[str]:
 def sanitize(device: str) -> dict[str, float]:
     """A tool, a backend and a watched group; the losses over responses are of no backend."""
     found = {}
-    for tool in TOOLS:
-        for backend in gpu_backends(device):
-            for group in WATCHED:
-                if group != "sequences":
-                    found[f"{tool}/{backend}/{group}"] = WATCHED_SECONDS
-        found[f"{tool}/any/sequences"] = WATCHED_SECONDS
+    for group in WATCHED:
+        for backend in ["any"] if group == "sequences" else gpu_backends(device):
+            for tool in TOOLS:
+                found[f"{tool}/{backend}/{group}"] = WATCHED_SECONDS
     return found
 
 
@@ -119,7 +118,7 @@ def _sanitize(unit: str, device: str) -> Record:
     summary = [line for line in text.splitlines() if "SUMMARY" in line or "checks passed" in line]
     record = {"exit": process.returncode, "summary": summary}
     # A tool that cannot attach says so and runs nothing: that is no result of ours.
-    if "Device not supported" in text or (process.returncode and "ERROR SUMMARY" not in text):
+    if "Device not supported" in text or "SUMMARY:" not in text:
         return record | {"status": "unusable", "reason": text[-600:]}
     if process.returncode:
         return record | {"status": "failed", "reason": text[-3000:]}

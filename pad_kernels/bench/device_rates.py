@@ -132,5 +132,5 @@ def listwise(kind: str, responses: int, device: torch.device, groups: int = GROU
     except Exception as error:  # whatever stands in the way of a capture is the result
         return found | {"graph": f"{type(error).__name__}: {error}"[:300]}
     graph.replay()
-    error = float((captured - step()).abs().max())
-    return found | {"graph_us": 1e6 * seconds(graph.replay, device, 100), "graph_error": error}
+    off = float((captured - step()).abs().max())
+    return found | {"graph_us": 1e6 * seconds(graph.replay, device, 100), "graph_error": off}

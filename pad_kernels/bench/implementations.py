@@ -104,8 +104,9 @@ class Ours:
         if self.plan == "auto":
             request = pk.PlanRequest()
         else:
-            _named(self.plan.split(":")[1])
-            request = pk.PlanRequest(*self.plan.split(":"))
+            schedule, backend = self.plan.split(":")
+            _named(backend)
+            request = pk.PlanRequest(schedule, backend)
         if self.limit is not None:
             request = replace(request, budget=self.limit << 20)
         return lambda x: call_ours(case.op, request, x)
