@@ -216,10 +216,11 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
                     half.test_a_flat_softmax_keeps_its_gradients, scale, schedule, backend
                 ),
             )
-        yield (
-            f"64 chunks {schedule}",
-            functools.partial(half.test_bfloat16_in_64_chunks, schedule, backend),
-        )
+        for chunks in (half.CHUNKS, half.HALF_BLOCKS):
+            yield (
+                f"{chunks} chunks {schedule}",
+                functools.partial(half.test_bfloat16_in_chunks, schedule, chunks, backend),
+            )
         for scale in (1.0, 100.0):
             yield (
                 f"filter {schedule} {scale}",

@@ -17,9 +17,12 @@ DEVICE = "cuda"
 KINDS = ("kl", "reverse_kl", "jsd", "jsd_released")
 
 
-@torch.compiler.assume_constant_result
 def _usable(device_type: str) -> bool:
     return device_type == DEVICE and not registry.cuda_error()
+
+
+# All that torch.compiler.assume_constant_result does, without its import of the compiler and Triton.
+_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def usable(tensor: Tensor) -> bool:
