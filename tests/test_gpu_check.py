@@ -25,11 +25,12 @@ NEED_CPP = pytest.mark.skipif(
 def parts(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """Modules of the command, which is a folder of scripts."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    import build
     import report
     import store
     import units
     import worker
+
+    import build
 
     return types.SimpleNamespace(
         build=build, report=report, store=store, units=units, worker=worker

@@ -9,10 +9,11 @@ import threading
 import time
 from typing import Any
 
-import build
 import units
 from store import Store, circumstances
 from worker import Worker
+
+import build
 
 Record = dict[str, Any]
 #: A unit that has less time left than this does not start; seconds.

@@ -21,7 +21,7 @@ def _usable(device_type: str) -> bool:
     return device_type == DEVICE and not registry.cuda_error()
 
 
-# All that torch.compiler.assume_constant_result does, without its import of the compiler and Triton.
+# What torch.compiler.assume_constant_result does, without loading the compiler and Triton.
 _usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
