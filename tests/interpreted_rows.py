@@ -10,6 +10,9 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
+
+# isort: split
 import oracles
 import pytest
 import test_divergence as divergences

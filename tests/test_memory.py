@@ -19,6 +19,8 @@ from engine_probe import Probe, Watch
 from torch import Tensor
 
 import pad_kernels as pk
+from pad_kernels.engine import problem
+from pad_kernels.engine import schedule as schedules
 from pad_kernels.engine.planner import CPU_BUDGET
 from pad_kernels.engine.workspace import account
 
@@ -170,6 +172,29 @@ def test_allocator_with_copies(monkeypatch: pytest.MonkeyPatch, what: str, sched
         with pk.workspace_limit(budget):
             step()
         assert 0 < account.high_water <= probe.plans[0].workspace_bytes <= budget
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", ["early", "late", "kept"])
+def test_rows_of_logits_apart(monkeypatch: pytest.MonkeyPatch, schedule: str, backend: str) -> None:
+    """Rows begin where a GPU likes it: the same numbers, NaN between them, in as many bytes."""
+    hidden, weight, labels = make(40, 24, 507, torch.float32)
+    blocks = {"token_block": 16} if schedule == "early" else {"vocab_block": 200}
+    kept = 8 if schedule == "kept" else None
+    plan = pk.PlanRequest(schedule, backend, kept_rows=kept, **blocks)
+    probe = Probe.install(monkeypatch)
+    found = []
+    for memory in (0, 1 << 40):
+        for module in (problem, schedules):
+            monkeypatch.setattr(module, "total_memory", lambda device, memory=memory: memory)
+        probe.plans.clear()
+        account.reset()
+        pk.linear_cross_entropy(hidden, weight, labels, plan=plan)
+        gradients = probe.backward(torch.tensor(1.0))
+        found.append([x.clone() for x in (probe.outputs[0], *gradients)])
+        assert 0 < account.high_water <= probe.plans[0].workspace_bytes
+    for near, apart in zip(*found, strict=True):
+        torch.testing.assert_close(apart, near, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -46,6 +46,7 @@ ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
 }
 
 
+@pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -54,6 +55,7 @@ def test_kernels_under_the_interpreter() -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=1500,
     )
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 

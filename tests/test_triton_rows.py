@@ -34,6 +34,7 @@ def test_under_the_interpreter() -> None:
         env=_environment(TRITON_INTERPRET="1"),
         capture_output=True,
         text=True,
+        timeout=1500,
     )
     assert found.returncode == 0, found.stdout[-8000:]
     assert " passed" in found.stdout and " skipped" not in found.stdout

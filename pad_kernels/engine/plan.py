@@ -20,7 +20,22 @@ from pad_kernels._checks import (
 SCHEDULES = ("early", "late", "kept")
 BACKENDS = ("reference", "torch_blocked", "cpp", "triton", "cuda")
 
+#: Entries: a multiple of them is a multiple of 16 bytes in every dtype.
+ALIGNED = 16
+
 _limit: int | None = None
+
+
+def row_pitch(cols: int, device_bytes: int) -> int:
+    """Entries from one row of a block of logits to the next.
+
+    Every row begins at a multiple of 16 bytes on a GPU, so that products and row passes read more
+    than one entry at a time whatever the size of the vocabulary.
+
+    Args:
+        device_bytes: a GPU's total memory, 0 for a CPU.
+    """
+    return -(-cols // ALIGNED) * ALIGNED if device_bytes else cols
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.devices import DEVICES
-from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+from pad_kernels.engine.plan import Plan, PlanRequest, Shape, row_pitch
 
 #: Default workspace on a CPU: below 256 MiB, and room for (1024, 49152) float32 logits kept whole.
 CPU_BUDGET = 240 << 20
@@ -122,16 +122,20 @@ class _Candidates:
     def _logits_bytes(self, rows: int, cols: int) -> int:
         return self.shape.streams * rows * cols * self._item
 
+    def _room_bytes(self, rows: int, cols: int) -> int:
+        """Room for logits, whose rows are apart as far as the device likes it."""
+        return self._logits_bytes(rows, row_pitch(cols, self.shape.device_bytes))
+
     def _tokens_bytes(self, rows: int, cols: int) -> int:
         """A token block through the whole vocabulary, no gradient."""
         return (
-            self._logits_bytes(rows, self.shape.vocab) + self._rows_bytes(rows) + self._shared(cols)
+            self._room_bytes(rows, self.shape.vocab) + self._rows_bytes(rows) + self._shared(cols)
         )
 
     def _chunks_bytes(self, cols: int, gradient: bool) -> int:
         """All rows through a vocabulary chunk."""
         shape = self.shape
-        need = self._logits_bytes(shape.tokens, cols) + self._rows_bytes(shape.tokens)
+        need = self._room_bytes(shape.tokens, cols) + self._rows_bytes(shape.tokens)
         need += self._shared(cols)
         if gradient and shape.needs[0]:
             half = shape.gemm == torch.bfloat16

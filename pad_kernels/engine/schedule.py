@@ -7,15 +7,17 @@ as many rows as the plan says.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pad_kernels.backends.base import Backend, FusedBackend, get_backend
+from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
-from pad_kernels.engine.plan import Plan
+from pad_kernels.engine.plan import Plan, row_pitch
 from pad_kernels.engine.problem import Part, Problem
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
@@ -45,10 +47,20 @@ class Pass:
             self._rooms[name] = self.workspace.empty(numel, dtype=self.problem.recipe.gemm)
         return self._rooms[name]
 
-    def logit_room(self, rows: int, cols: int) -> dict[int, Tensor]:
-        """Room for rows x cols logits of every stream, flat."""
+    def _pitch(self, cols: int) -> int:
+        return row_pitch(cols, total_memory(self.problem.device))
+
+    def logit_room(self, rows: int, cols: int) -> Tensor:
+        """Room for rows x cols logits of every stream, [streams, flat]."""
         count = len(self.problem.streams)
-        return dict(enumerate(self._room("logits", count * rows * cols).view(count, -1)))
+        return self._room("logits", count * rows * self._pitch(cols)).view(count, -1)
+
+    def logits_in(
+        self, room: Tensor, streams: Iterable[int], rows: int, cols: int
+    ) -> dict[int, Tensor]:
+        """A block [rows, cols] for each of some streams, in what :meth:`logit_room` made."""
+        pitch = self._pitch(cols)
+        return {j: room[j, : rows * pitch].view(rows, pitch)[:, :cols] for j in streams}
 
     def hidden(
         self, part: Part, start: int, stop: int, room: int, *, inside: bool = False
@@ -151,7 +163,7 @@ def _over_tokens(
         a, b = start + a, start + b
         if kept is None:
             flat = run.logit_room(step, vocab)
-            logits = {j: flat[j][: (b - a) * vocab].view(b - a, vocab) for j in part.streams}
+            logits = run.logits_in(flat, part.streams, b - a, vocab)
         else:
             logits = {j: kept[j, a:b] for j in part.streams}
         run.logits(run.hidden(part, a, b, room), 0, vocab, logits)
@@ -177,9 +189,7 @@ def _over_vocabulary(
         return
     flat = run.logit_room(most, cols)
     for a, b in blocks(run.problem.recipe.vocab, cols):
-        logits = {
-            j: flat[j][: (stop - start) * (b - a)].view(stop - start, b - a) for j in part.streams
-        }
+        logits = run.logits_in(flat, part.streams, stop - start, b - a)
         run.logits(hidden, a, b, logits)
         run.measure(part, rows, logits, a, sweep=1)
 
@@ -237,7 +247,7 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
             a, b = part.start + a, part.start + b
             hidden = run.hidden(part, a, b, step)
             room = run.logit_room(step, vocab)
-            logits = {j: room[j][: (b - a) * vocab].view(b - a, vocab) for j in part.streams}
+            logits = run.logits_in(room, part.streams, b - a, vocab)
             run.logits(hidden, 0, vocab, logits)
             stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
             for sweep in range(1, problem.recipe.sweeps + 1):
@@ -285,7 +295,7 @@ def differentiate_vocabulary(
     room = run.logit_room(rows, plan.vocab_block)
     bound = plan.filter * float(grad.abs().max()) if plan.filter else 0.0
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
-        chunk = {j: z[: rows * (b - a)].view(rows, b - a) for j, z in room.items()}
+        chunk = run.logits_in(room, range(len(problem.streams)), rows, b - a)
         peaks = None
         for piece in pieces:
             logits = {j: chunk[j][piece.start : piece.stop] for j in piece.hidden}

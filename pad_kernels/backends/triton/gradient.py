@@ -50,6 +50,7 @@ def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, alpha, KIND: tl.constexpr)
     of_teacher = tl.where(leads, 0.0, ratio) - below  # log t/m
     if KIND == 0:
         slope = (1.0 - alpha) * weighted(s, of_student)
+        # Written as alpha * x + y, the bfloat16 second sweep for sm_90 crashes LLVM in Triton 3.9.
         return tl.fma(weighted(t, of_teacher), alpha, slope), slope, s
     gap = tl.where(leads, larger * less, -larger * less)  # s - t
     share = tl.where(leads, part, 1.0) / (1.0 + y)  # s / m
