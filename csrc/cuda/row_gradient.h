@@ -106,6 +106,10 @@ constexpr int kVectorsPerThread =
 // Which terms of a gradient a kernel has: registers for all of them would slow the usual ones down.
 enum class Terms { plain, outside, everything };
 
+// The stream of the divergence's teacher. Known to the compiler: registers have no index, so
+// streams chosen by a number that a kernel is given would lie in memory.
+constexpr int kTeacher = 1;
+
 struct GradientLaunch {
   GradientArgs args;
   Heads heads;
@@ -116,8 +120,22 @@ struct GradientLaunch {
 // Then the tiles that its columns touch, for the largest magnitudes.
 PAD_HD int64_t touched_tiles(int64_t segment, int64_t tile) { return (segment - 1) / tile + 2; }
 
-inline GradientLaunch gradient_launch(const GradientArgs& args, int lanes) {
-  return {args, make_heads(args), int64_t(kRowThreads) * lanes * kVectorsPerThread, 0};
+// The same gradient with the divergence's teacher as stream kTeacher.
+inline GradientArgs with_teacher_in_place(GradientArgs args) {
+  const int teacher = args.divergence.teacher;
+  if (!teacher) return args;
+  std::swap(args.stream[teacher], args.stream[kTeacher]);
+  std::swap(args.maximum[teacher], args.maximum[kTeacher]);
+  std::swap(args.sum[teacher], args.sum[kTeacher]);
+  std::swap(args.q[teacher], args.q[kTeacher]);
+  std::swap(args.p[teacher], args.p[kTeacher]);
+  args.divergence.teacher = kTeacher;
+  return args;
+}
+
+inline GradientLaunch gradient_launch(const GradientArgs& given) {
+  const GradientArgs args = with_teacher_in_place(given);
+  return {args, make_heads(args), 0, 0};
 }
 inline Launch gradient_grid(GradientLaunch& in, int lanes) {
   const GradientArgs& args = in.args;
@@ -165,7 +183,7 @@ struct GradientThread {
       outside_value = at(args.outside_value, row);
     }
     if constexpr (kTerms == Terms::everything) {
-      constants = outcome_row(args.maximum, args.sum, args.divergence.teacher, row);
+      constants = outcome_row(args.maximum, args.sum, kTeacher, row);
       weight = at(args.divergence_weight, row);
       mean = at(args.divergence_slope, row);
     }
@@ -174,8 +192,7 @@ struct GradientThread {
   PAD_DEVICE bool reads(int j) const {
     const GradientArgs& args = in.args;
     return j == 0 || (args.stream[j].logits &&
-                      (args.q[j] || args.p[j] ||
-                       (kTerms == Terms::everything && j == args.divergence.teacher)));
+                      (args.q[j] || args.p[j] || (kTerms == Terms::everything && j == kTeacher)));
   }
   PAD_DEVICE Z* out() const { return static_cast<Z*>(in.args.out) + row * in.args.out_ld; }
 
@@ -202,18 +219,7 @@ struct GradientThread {
     add_shares(a, d);
     if constexpr (kTerms != Terms::plain)
       if (args.outside_value) add_outside(col, a[0], d);
-    if constexpr (kTerms == Terms::everything) {
-      // The teacher's logits by comparison, number by number: registers have no index.
-      float a_t[kCount];
-      PAD_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        a_t[i] = a[1][i];
-        PAD_UNROLL
-        for (int j = 2; j < S; ++j)
-          if (j == args.divergence.teacher) a_t[i] = a[j][i];
-      }
-      add_divergence(a[0], a_t, d, std::make_index_sequence<kCount>());
-    }
+    if constexpr (kTerms == Terms::everything) add_divergence(a[0], a[kTeacher], d);
     if (args.sparse.k > 0) add_sparse(col, d);
     const Head<float>& head = in.heads.of[0];
     PAD_UNROLL
@@ -258,18 +264,16 @@ struct GradientThread {
       d[i] += listed >> i & 1u ? 0.0f : exp_of(a[i] - outside_shift) * outside_value;
   }
 
-  // No loop: a compiler that makes one for each kind does not unroll them, and the arrays of a loop
-  // are in memory.
-  template <int kCount, size_t... kIndex>
+  template <int kCount>
   PAD_DEVICE void add_divergence(const float (&a_s)[kCount], const float (&a_t)[kCount],
-                                 float (&d)[kCount], std::index_sequence<kIndex...>) const {
-    (add_outcome(a_s[kIndex], a_t[kIndex], d[kIndex]), ...);
-  }
-  PAD_DEVICE void add_outcome(float a_s, float a_t, float& d) const {
+                                 float (&d)[kCount]) const {
     const DivergenceArgs& divergence = in.args.divergence;
-    const Outcome<float> found =
-        outcome_by_kind(divergence.kind, a_s, a_t, constants, float(divergence.alpha));
-    d += weight * (found.slope - found.s * mean);
+    PAD_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const Outcome<float> found =
+          outcome_by_kind(divergence.kind, a_s[i], a_t[i], constants, float(divergence.alpha));
+      d[i] += weight * (found.slope - found.s * mean);
+    }
   }
 
   // The listed values, where a vector has some: few have.

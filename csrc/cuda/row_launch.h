@@ -56,7 +56,7 @@ struct LaunchGradient {
   const GradientArgs& args;
   template <int S, Terms kTerms>
   void run() const {
-    GradientLaunch in = {args, make_heads(args), 0, 0};
+    GradientLaunch in = gradient_launch(args);
     const Launch grid = gradient_grid(in, kLanes<Z>);
     launch<GradientKernel<Z, S, kTerms>>("row_gradient", grid, args.queue, in);
   }
