@@ -164,12 +164,20 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
         torch.library.opcheck(op, args, **options)
 
 
+#: Ops over CUDA kernels; test_cuda_sequences.py checks them, with the kernels compiled for a CPU.
+_ELSEWHERE = {
+    f"pad_kernels::token_{name}{part}"
+    for name in ("rewards", "listwise")
+    for part in ("", "_gradient")
+}
+
+
 def test_every_op_has_a_case() -> None:
     """Runs after test_opcheck; a new op without a case above fails here."""
     if len(_covered) == 0:
         pytest.skip("test_opcheck did not run")
     known = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("pad_kernels::")}
-    assert _covered == known
+    assert _covered | _ELSEWHERE == known
 
 
 # --- compiled code ---
