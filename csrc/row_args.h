@@ -87,6 +87,10 @@ struct GradientArgs : BlockArgs {
   DivergenceArgs divergence;
   const double* divergence_weight;  // (rows,), of its gradient
   const double* divergence_slope;   // (rows,), the sum of slopes
+  // Where the second sweep has still to be made: the sums to add to, slopes to divergence_slope
+  // itself. It may overwrite the teacher's logits.
+  double* closing_value;
+  double* closing_slope;
   int64_t tile;
   float* tile_absmax;  // (ceil(cols / tile),), or null
 };

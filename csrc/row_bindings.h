@@ -204,7 +204,7 @@ struct GradientTerms {
   Ids outside{0, 0};
   Pointer outside_value = 0, outside_maximum = 0;
   DivergenceSpec divergence{"", 0.0, 0};
-  Pointer divergence_weight = 0, divergence_slope = 0;
+  Pointer divergence_weight = 0, divergence_slope = 0, closing_value = 0;
 };
 
 template <class Target>
@@ -242,6 +242,8 @@ void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, 
   args.outside_maximum = at<double>(terms.outside_maximum);
   args.divergence_weight = at<double>(terms.divergence_weight);
   args.divergence_slope = at<double>(terms.divergence_slope);
+  args.closing_value = at<double>(terms.closing_value);
+  args.closing_slope = at<double>(terms.divergence_slope);
   args.tile = tile;
   args.tile_absmax = at<float>(tile_absmax);
   py::gil_scoped_release released;
@@ -286,7 +288,8 @@ void bind_row_passes(py::module_& m) {
       .def_readwrite("outside_maximum", &GradientTerms::outside_maximum)
       .def_readwrite("divergence", &GradientTerms::divergence)
       .def_readwrite("divergence_weight", &GradientTerms::divergence_weight)
-      .def_readwrite("divergence_slope", &GradientTerms::divergence_slope);
+      .def_readwrite("divergence_slope", &GradientTerms::divergence_slope)
+      .def_readwrite("closing_value", &GradientTerms::closing_value);
   m.def("row_gradient", &row_gradient<Target>, py::arg("dtype"), py::arg("streams"),
         py::arg("rows"), py::arg("cols"), py::arg("vocab_offset"), py::arg("maxima"),
         py::arg("sums"), py::arg("out"), py::arg("out_ld"), py::arg("terms"), py::arg("tile") = 0,

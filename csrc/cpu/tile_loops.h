@@ -185,9 +185,16 @@ T chunk_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps
   return sum;
 }
 
+// The sum of a stream from its own and from that of `base` and their difference, whichever is
+// exact: the sums of two nearly equal streams agree to seven digits, and a divergence is made of
+// the rest.
+inline double refined_sum(double sum, double base, double difference) {
+  const double size = difference < 0 ? -difference : difference;
+  return size < 0.25 * sum ? base + difference : sum;
+}
+
 // The exponentials of a tile and their sum. `base` are those of another stream, whose sum is
-// `base_sum`, or null: the sums of two nearly equal streams agree to seven digits, and their
-// divergence is made of the rest, so that a small difference is added up by itself.
+// `base_sum`, or null.
 template <class T>
 double tile_exponentials(const T* a, int64_t n, T shift, T* exps, const T* base, double base_sum) {
   if (!base)
@@ -200,8 +207,7 @@ double tile_exponentials(const T* a, int64_t n, T shift, T* exps, const T* base,
     difference += over;
     return part;
   });
-  const double size = difference < 0 ? -difference : difference;
-  return size < 0.25 * sum ? base_sum + difference : sum;
+  return refined_sum(sum, base_sum, difference);
 }
 
 // sum exps (x_over - x_under), with x = a - shift and exps those of any stream.
@@ -246,15 +252,16 @@ double tile_own_log_ratio(const T* exps, const T* rest, const T* over, T shift_o
   return balanced - gap;
 }
 
-// All of the above for two streams that are read as they are stored, in one loop: the way of a KL
-// without soft caps, where loads and stores of temporaries would take longer than the arithmetic.
+// All of the above for two streams that are read as they are stored, in one loop: the way of a
+// divergence without soft caps, where loads and stores of temporaries would take longer than the
+// arithmetic. `kRatio`: the mean log-ratio is wanted, not only the sums.
 struct PairSums {
   double own = 0, other = 0;  // sums of exponentials
   double over = 0;            // other - own, added up by itself
   double ratio = 0;           // sum exp(x_own) (x_own - x_other)
   double balanced = 0;        // ratio + over, every summand positive
 };
-template <class Z, class T>
+template <bool kRatio, class Z, class T>
 void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T other_shift,
                 PairSums* sums) {
   T own = 0, other = 0, over = 0, ratio = 0, balanced = 0;
@@ -262,12 +269,15 @@ void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T othe
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(own_z[i]) - own_shift, y = load(other_z[i]) - other_shift;
     const T e = exp_of(x), f = exp_of(y);
-    const T more = f - e, mean = weighted(e, x - y);
+    const T more = f - e;
     own += e;
     other += f;
     over += more;
-    ratio += mean;
-    balanced += more + mean;
+    if (kRatio) {
+      const T mean = weighted(e, x - y);
+      ratio += mean;
+      balanced += more + mean;
+    }
   }
   sums->own += own;
   sums->other += other;
@@ -275,11 +285,50 @@ void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T othe
   sums->ratio += ratio;
   sums->balanced += balanced;
 }
-template <class Z, class T>
+template <bool kRatio, class Z, class T>
 PairSums tile_pair(const Z* own, const Z* other, int64_t n, T own_shift, T other_shift) {
   PairSums sums;
   for (int64_t i = 0; i < n; i += kChunk)
-    chunk_pair(own + i, other + i, smaller(kChunk, n - i), own_shift, other_shift, &sums);
+    chunk_pair<kRatio>(own + i, other + i, smaller(kChunk, n - i), own_shift, other_shift, &sums);
+  return sums;
+}
+
+// Likewise for three: the mean log-ratio of the two others under the first.
+struct TripleSums {
+  double own = 0, over = 0, under = 0;  // sums of exponentials
+  double over_own = 0, under_own = 0;   // over - own, under - own, added up by themselves
+  double ratio = 0;                     // sum exp(x_own) (x_over - x_under)
+};
+template <class Z, class T>
+void chunk_triple(const Z* const* z, int64_t n, const T* shifts, TripleSums* sums) {
+  const Z *own_z = z[0], *over_z = z[1], *under_z = z[2];
+  const T own_shift = shifts[0], over_shift = shifts[1], under_shift = shifts[2];
+  T own = 0, over = 0, under = 0, over_own = 0, under_own = 0, ratio = 0;
+  PAD_SIMD_SUM(own, over, under, over_own, under_own, ratio)
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = load(over_z[i]) - over_shift, y = load(under_z[i]) - under_shift;
+    const T e = exp_of(load(own_z[i]) - own_shift), f = exp_of(x), g = exp_of(y);
+    own += e;
+    over += f;
+    under += g;
+    over_own += f - e;
+    under_own += g - e;
+    ratio += weighted(e, x - y);
+  }
+  sums->own += own;
+  sums->over += over;
+  sums->under += under;
+  sums->over_own += over_own;
+  sums->under_own += under_own;
+  sums->ratio += ratio;
+}
+template <class Z, class T>
+TripleSums tile_triple(const Z* const* z, int64_t n, const T* shifts) {
+  TripleSums sums;
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const Z* at[3] = {z[0] + i, z[1] + i, z[2] + i};
+    chunk_triple(at, smaller(kChunk, n - i), shifts, &sums);
+  }
   return sums;
 }
 

@@ -107,6 +107,27 @@ class FusedBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class ClosingBackend(Protocol):
+    """What a backend may offer besides: the second sweep together with the gradient, row by row."""
+
+    def close(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: dict[int, Tensor],
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        """As :meth:`Backend.gradient` where the second sweep has still to be measured.
+
+        The logits are those of the whole vocabulary, and no longer needed: a teacher's may be
+        overwritten.
+        """
+        ...
+
+
 @functools.cache
 def get_backend(name: str) -> Backend:
     """The backend of that name."""

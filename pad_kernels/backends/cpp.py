@@ -6,10 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from pad_kernels.backends.native import NativeBackend
 from pad_kernels.backends.registry import native, native_error
+from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import RowStats
 
 
 class CppBackend(NativeBackend):
@@ -31,3 +35,14 @@ class CppBackend(NativeBackend):
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         return native_error() or super().refuses(recipe, device)
+
+    def close(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: dict[int, Tensor],
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+    ) -> Tensor | None:
+        return self._gradient(problem, out, logits, 0, stats, gradient, bound, close=True)

@@ -111,11 +111,25 @@ class NativeBackend:
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
+        return self._gradient(problem, out, logits, offset, stats, gradient, bound, close=False)
+
+    def _gradient(
+        self,
+        problem: Problem,
+        out: Tensor,
+        logits: dict[int, Tensor],
+        offset: int,
+        stats: RowStats,
+        gradient: LogitGradient,
+        bound: float,
+        *,
+        close: bool,
+    ) -> Tensor | None:
         peaks = None
         if bound > 0:
             tiles = -(-out.shape[1] // FILTER_TILE)
             peaks = torch.zeros(tiles, dtype=torch.float32, device=out.device)
-        _Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
+        _Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks, close)
         return peaks
 
 
@@ -210,8 +224,13 @@ class _Block:
                 *(value, slope, where),
             )
 
-    def gradient(self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None) -> None:
-        """Write the gradient with respect to the student's raw logits."""
+    def gradient(
+        self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None, close: bool
+    ) -> None:
+        """Write the gradient with respect to the student's raw logits.
+
+        ``close``: after measuring the second sweep, which the statistics still lack.
+        """
         module = self.backend.module()
         terms = module.GradientTerms()
         terms.c0, terms.c1 = self._column(gradient.constant), self._column(gradient.student)
@@ -230,7 +249,9 @@ class _Block:
             assert isinstance(functional, Divergence)
             terms.divergence = (functional.kind, functional.alpha, functional.teacher)
             terms.divergence_weight = self._column(grad[0])
-            terms.divergence_slope = self._column(self.stats[functional.outcomes][1])
+            value, slope = self.stats[functional.outcomes]
+            terms.divergence_slope = slope.data_ptr() if close else self._column(slope)
+            terms.closing_value = value.data_ptr() if close else 0
         with self.backend.running(self.device) as where:
             module.row_gradient(
                 *(self.dtype, self.streams, self.rows, self.cols, self.offset),

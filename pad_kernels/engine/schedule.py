@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import Backend, FusedBackend, get_backend
+from pad_kernels.backends.base import Backend, ClosingBackend, FusedBackend, get_backend
 from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
@@ -250,15 +250,35 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
             logits = run.logits_in(room, part.streams, b - a, vocab)
             run.logits(hidden, 0, vocab, logits)
             stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
-            for sweep in range(1, problem.recipe.sweeps + 1):
-                run.measure(part, stats, logits, 0, sweep)
-                stats = reduce_stats(stats)
+            run.measure(part, stats, logits, 0, sweep=1)
+            stats = reduce_stats(stats)
+            peaks = _differentiate_block(run, part, stats, logits, weights[:, a:b], bound)
             _values(problem, part, stats, values[:, a:b])
-            gradient = _gradient(problem, part, weights[:, a:b], stats)
-            peaks = run.backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
             runs = column_runs(peaks, bound, vocab)
             out.add_rows(run, logits[0], hidden[0], (a, b), runs)
     return values
+
+
+def _differentiate_block(
+    run: Pass,
+    part: Part,
+    stats: RowStats,
+    logits: dict[int, Tensor],
+    weights: Tensor,
+    bound: float,
+) -> Tensor | None:
+    """The rest of the sweeps of a token block, and its gradient over the student's logits."""
+    problem, backend = run.problem, run.backend
+    functionals = (problem.recipe.functionals[i] for i in part.functionals)
+    if any(statistic.sweep == 2 for f in functionals for statistic in f.statistics):
+        if isinstance(backend, ClosingBackend):
+            # What a gradient takes from the second sweep, the backend fills in by itself.
+            gradient = _gradient(problem, part, weights, stats)
+            return backend.close(problem, logits[0], logits, stats, gradient, bound)
+        run.measure(part, stats, logits, 0, sweep=2)
+        stats = reduce_stats(stats)
+    gradient = _gradient(problem, part, weights, stats)
+    return backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
 
 
 def differentiate_vocabulary(

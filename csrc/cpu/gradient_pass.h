@@ -1,0 +1,429 @@
+// The gradient with respect to a block of logits. For row_pass.cpp alone, once per
+// instruction set.
+#pragma once
+
+#include "outcomes_pass.h"
+
+namespace pad {
+namespace PAD_ISA {
+namespace {
+
+// The coefficients of one row: d = c0 + s_0 (c1 + q0 x_0), x = a - max, s = exp(x) * inverse.
+template <class T>
+struct RowCoefficients {
+  T shift, inverse, c0, c1, q0;
+};
+
+template <class T>
+PAD_HD T gradient_entry(T a, const RowCoefficients<T>& row) {
+  const T x = a - row.shift;
+  return row.c0 + weighted(exp_of(x) * row.inverse, row.c1 + row.q0 * x);
+}
+
+// d of a tile times a constant, for the student stream alone. `out` may be `a`.
+template <class O, class A, class T>
+void one_stream_gradient(const A* a, int64_t n, const RowCoefficients<T>& coefficients, T slope,
+                         bool with_q, O* out) {
+  const RowCoefficients<T> row = coefficients;
+  const T c0 = row.c0, shift = row.shift, constant = row.inverse * row.c1;
+  if (with_q) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<O>(gradient_entry(load(a[i]), row) * slope);
+  } else if (slope != T(1)) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = store<O>((c0 + exp_of(load(a[i]) - shift) * constant) * slope);
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<O>(c0 + exp_of(load(a[i]) - shift) * constant);
+  }
+}
+
+// d of a tile of two streams: a multiple of each one's exponentials. `out` may be `z`.
+template <class O, class Z, class T>
+void pair_gradient(const Z* z, const Z* other, int64_t n, T shift, T constant, T other_shift,
+                   T other_constant, O* out) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = store<O>(exp_of(load(z[i]) - shift) * constant +
+                      exp_of(load(other[i]) - other_shift) * other_constant);
+}
+
+// d of a tile of several streams: the student's share times a sum over their logits.
+template <class T>
+struct FactorRow {
+  T c0, c1, inverse;
+  T q[3], shift[3];
+};
+template <int kStreams, class O, class Z, class T>
+void factor_gradient(const Z* const* streams, int64_t n, const FactorRow<T>& coefficients, O* out) {
+  const FactorRow<T> row = coefficients;
+  const Z* z[3] = {streams[0], streams[1], streams[kStreams - 1]};
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = load(z[0][i]) - row.shift[0];
+    T factor = row.c1 + row.q[0] * x + row.q[1] * (load(z[1][i]) - row.shift[1]);
+    if (kStreams == 3) factor += row.q[2] * (load(z[2][i]) - row.shift[2]);
+    out[i] = store<O>(row.c0 + weighted(exp_of(x) * row.inverse, factor));
+  }
+}
+
+// d += s * factor, with the share s = exp(a - shift) * inverse
+template <class T>
+void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) d[i] += weighted(exp_of(a[i] - shift) * inverse, factors[i]);
+}
+
+// d += s * constant
+template <class T>
+void add_share(T* d, const T* a, int64_t n, T shift, T constant) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) d[i] += exp_of(a[i] - shift) * constant;
+}
+
+template <class T>
+void add_tile(T* to, const T* from, int64_t n) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+template <class Z, class T>
+void store_tile(const T* d, const T* chain, T slope, int64_t n, Z* out) {
+  if (chain) {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<Z>(d[i] * chain[i]);
+  } else {
+    PAD_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = store<Z>(d[i] * slope);
+  }
+}
+
+// The largest |out| of a tile as float bits, which for numbers without a sign are in order, NaN
+// last.
+PAD_HD uint32_t magnitude_bits(float z) { return bits_as<uint32_t>(z) & 0x7fffffffu; }
+PAD_HD uint32_t magnitude_bits(double z) { return magnitude_bits(float(z)); }
+PAD_HD uint32_t magnitude_bits(bfloat16 z) { return magnitude_bits(load(z)); }
+template <class Z>
+uint32_t tile_magnitude(const Z* out, int64_t n) {
+  uint32_t most = 0;
+  PAD_SIMD_MAX(most)
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = magnitude_bits(out[i]);
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+// Rows of several threads meet in one tile. A maximum is the same in any order, so this is exact.
+void raise_to(float* shared, uint32_t bits) {
+  uint32_t* target = reinterpret_cast<uint32_t*>(shared);
+#if defined(__GNUC__)
+  uint32_t seen = __atomic_load_n(target, __ATOMIC_RELAXED);
+  while (bits > seen && !__atomic_compare_exchange_n(target, &seen, bits, true, __ATOMIC_RELAXED,
+                                                     __ATOMIC_RELAXED)) {
+  }
+#else
+#pragma omp critical(pad_raise_to)
+  *target = bits > *target ? bits : *target;
+#endif
+}
+
+template <class Z>
+struct GradientPlan {
+  using T = typename Accumulator<Z>::type;
+  const GradientArgs& args;
+  Head<T> head[kMaxStreams];
+  bool simple;      // c0 + s_0 (c1 + q_0 x_0), of the student alone
+  bool own_share;   // any of c1 and q, but for what a divergence's loop adds
+  int pair;         // the teacher j of s_0 c1 + s_j p_j with logits as they are stored; 0 for none
+  int factors = 0;  // how many of the first streams make c0 + s_0 (c1 + sum q_j x_j), as stored
+  bool diverges;    // nothing but a divergence of logits as they are stored, c0 and s_0 c1
+
+  explicit GradientPlan(const GradientArgs& arguments) : args(arguments) {
+    make_heads(args, head);
+    simple = !args.outside_value && args.divergence.teacher == 0;
+    own_share = !args.divergence.teacher && (args.c1 || args.p[0]);
+    for (int j = 0; j < args.streams; ++j) {
+      own_share = own_share || args.q[j];
+      if (j > 0 && (args.q[j] || args.p[j])) simple = false;
+    }
+    pair = pair_of();
+    factors = factors_of();
+    diverges = diverges_alone();
+  }
+
+  bool diverges_alone() const {
+    const int teacher = args.divergence.teacher;
+    if (!teacher || args.outside_value || own_share) return false;
+    for (int j = 1; j < args.streams; ++j)
+      if (args.p[j]) return false;
+    return Rows<Z>::raw(args.stream[0], head[0]) &&
+           Rows<Z>::raw(args.stream[teacher], head[teacher]);
+  }
+
+  int pair_of() const {
+    if (args.c0 || args.outside_value || args.divergence.teacher) return 0;
+    int found = 0;
+    for (int j = 0; j < args.streams; ++j) {
+      if (args.q[j] || (j > 0 && args.p[j] && found)) return 0;
+      if (j > 0 && args.p[j]) found = j;
+    }
+    const bool raw = Rows<Z>::raw(args.stream[0], head[0]) &&
+                     (!found || Rows<Z>::raw(args.stream[found], head[found]));
+    return raw ? found : 0;
+  }
+
+  int factors_of() const {
+    if (simple || args.outside_value || args.divergence.teacher) return 0;
+    int found = 0;
+    for (int j = 0; j < args.streams; ++j) {
+      if (j > 0 && args.p[j]) return 0;
+      if (!reads(j)) continue;
+      if (j > found || !Rows<Z>::raw(args.stream[j], head[j])) return 0;
+      found = j + 1;
+    }
+    return found == 2 || found == 3 ? found : 0;
+  }
+  static T at(const double* column, int64_t row) { return column ? T(column[row]) : T(0); }
+  T shift(int j, int64_t row) const { return shift_of(at(args.maximum[j], row)); }
+  T inverse(int j, int64_t row) const { return T(inverse_of(args.sum[j][row])); }
+  // Whether the gradient reads a stream.
+  bool reads(int j) const {
+    return j == 0 || args.q[j] || args.p[j] || j == args.divergence.teacher;
+  }
+};
+
+// The lists of one row.
+struct GradientCursors {
+  IdsCursor sparse, outside;
+  const char* slopes;  // of a divergence, as bytes, or null
+};
+
+// The same from the slopes that the second sweep kept. `out` may be `z`.
+template <class O, class Z, class T>
+void kept_slopes_gradient(const Z* z, const char* kept, int64_t n, const DivergenceRow<T>& row,
+                          O* out) {
+  alignas(64) T slopes[kTile];
+  memcpy(slopes, kept, size_t(n) * sizeof(T));
+  const T c0 = row.c0, weight = row.weight, shift = row.outcome.shift_s;
+  const T own = row.own * row.outcome.inverse_s;
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = store<O>(c0 + weight * slopes[i] + exp_of(load(z[i]) - shift) * own);
+}
+
+// What the loops over a divergence's gradient need of one row.
+template <class Z, class T>
+DivergenceRow<T> divergence_row(const GradientPlan<Z>& plan, int64_t row,
+                                const RowCoefficients<T>& student) {
+  const GradientArgs& args = plan.args;
+  const T weight = plan.at(args.divergence_weight, row);
+  const T mean = plan.at(args.divergence_slope, row);
+  return {outcome_row<T>(args.maximum, args.sum, args.divergence.teacher, row),
+          T(args.divergence.alpha), student.c0, weight, student.c1 - weight * mean};
+}
+
+// d of one tile in full generality: every stream, every coefficient, one loop for each term.
+template <class Z, class T>
+void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                           const RowCoefficients<T>& student, IdsCursor& outside, T* d, T* chain) {
+  if (n <= 0) return;  // so that a compiler sees every buffer written
+  const GradientArgs& args = plan.args;
+  alignas(64) T a[kMaxStreams][kTile];
+  alignas(64) T factors[kTile];
+  for (int j = 0; j < args.streams; ++j) {
+    if (!plan.reads(j)) continue;
+    const StreamArgs& stream = args.stream[j];
+    transform_tile<T, Z>(Rows<Z>::logits(stream, row, col), Rows<Z>::bias(stream, col),
+                         plan.head[j], n, a[j], j == 0 ? chain : nullptr);
+  }
+  if (const int teacher = args.divergence.teacher)
+    divergence_gradient(args.divergence.kind, a[0], a[teacher], n,
+                        divergence_row(plan, row, student), d);
+  else
+    fill_tile(d, n, student.c0);
+  if (plan.own_share) {
+    // A divergence's loop has added c1 already.
+    fill_tile(factors, n, args.divergence.teacher ? T(0) : student.c1);
+    for (int j = 0; j < args.streams; ++j) {
+      const T q = plan.at(args.q[j], row);
+      if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
+    }
+    add_share_times(d, a[0], factors, n, student.shift, student.inverse);
+  }
+  for (int j = 1; j < args.streams; ++j)
+    if (args.p[j])
+      add_share(d, a[j], n, plan.shift(j, row), plan.at(args.p[j], row) * plan.inverse(j, row));
+  if (args.outside_value) {
+    fill_tile(factors, n, T(0));
+    add_share(factors, a[0], n, shift_of(plan.at(args.outside_maximum, row)),
+              plan.at(args.outside_value, row));
+    const int64_t first = args.vocab_offset + col;
+    for (; outside.below(first + n); ++outside.next)
+      factors[outside.ids[outside.next] - first] = T(0);
+    add_tile(d, factors, n);
+  }
+}
+
+// One tile: the short way where only the student's logits matter and nothing must be added before
+// rounding, else through d in accumulator precision.
+template <class Z, class T>
+void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                   const RowCoefficients<T>& student, GradientCursors& cursors, Z* out) {
+  const GradientArgs& args = plan.args;
+  const StreamArgs& stream = args.stream[0];
+  const Head<T>& head = plan.head[0];
+  const int64_t first = args.vocab_offset + col;
+  const bool with_q = args.q[0] != nullptr;
+  const Z* z = Rows<Z>::logits(stream, row, col);
+  alignas(64) T a[kTile];
+  alignas(64) T d[kTile];
+  alignas(64) T chain_tile[kTile];
+  T* chain = head.capped ? chain_tile : nullptr;
+  IdsCursor& sparse = cursors.sparse;
+  if (const int j = plan.pair) {
+    const Z* other = Rows<Z>::logits(args.stream[j], row, col);
+    const T own_part = student.inverse * student.c1, shift = plan.shift(j, row);
+    const T part = plan.inverse(j, row) * plan.at(args.p[j], row);
+    if (!sparse.below(first + n)) {
+      pair_gradient(z, other, n, student.shift, own_part, shift, part, out);
+      return;
+    }
+    pair_gradient(z, other, n, student.shift, own_part, shift, part, d);
+  } else if (const int factors = plan.factors) {
+    FactorRow<T> coefficients = {student.c0, student.c1, student.inverse, {}, {}};
+    const Z* streams[3];
+    for (int j = 0; j < factors; ++j) {
+      streams[j] = Rows<Z>::logits(args.stream[j], row, col);
+      coefficients.q[j] = plan.at(args.q[j], row);
+      coefficients.shift[j] = plan.shift(j, row);
+    }
+    const bool last = !sparse.below(first + n);
+    if (factors == 3)
+      last ? factor_gradient<3>(streams, n, coefficients, out)
+           : factor_gradient<3>(streams, n, coefficients, d);
+    else
+      last ? factor_gradient<2>(streams, n, coefficients, out)
+           : factor_gradient<2>(streams, n, coefficients, d);
+    if (last) return;
+  } else if (plan.diverges) {
+    const DivergenceArgs& divergence = args.divergence;
+    const Z* other = Rows<Z>::logits(args.stream[divergence.teacher], row, col);
+    const DivergenceRow<T> coefficients = divergence_row(plan, row, student);
+    const char* kept = cursors.slopes ? cursors.slopes + col * int64_t(sizeof(T)) : nullptr;
+    if (!sparse.below(first + n))
+      return kept ? kept_slopes_gradient(z, kept, n, coefficients, out)
+                  : divergence_gradient(divergence.kind, z, other, n, coefficients, out);
+    kept ? kept_slopes_gradient(z, kept, n, coefficients, d)
+         : divergence_gradient(divergence.kind, z, other, n, coefficients, d);
+  } else if (!plan.simple) {
+    many_streams_gradient<Z, T>(plan, row, col, n, student, cursors.outside, d, chain);
+  } else if (Rows<Z>::raw(stream, head)) {
+    if (!sparse.below(first + n)) {
+      one_stream_gradient<Z>(z, n, student, T(1), with_q, out);
+      return;
+    }
+    one_stream_gradient<T>(z, n, student, T(1), with_q, d);
+  } else {
+    transform_tile<T, Z>(z, Rows<Z>::bias(stream, col), head, n, a, chain);
+    if (!chain && !sparse.below(first + n)) {
+      one_stream_gradient<Z>(a, n, student, head.slope, with_q, out);
+      return;
+    }
+    one_stream_gradient<T>(a, n, student, T(1), with_q, d);
+  }
+  const double* values = args.sparse_values + row * args.sparse.k;
+  for (; sparse.below(first + n); ++sparse.next)
+    d[sparse.ids[sparse.next] - first] += T(values[sparse.next]);
+  store_tile(d, chain, head.slope, n, out);
+}
+
+template <class Z>
+void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, int64_t end,
+                      const char* slopes) {
+  using T = typename Accumulator<Z>::type;
+  const GradientArgs& args = plan.args;
+  RowCoefficients<T> student;
+  student.shift = plan.shift(0, row);
+  student.inverse = plan.inverse(0, row);
+  student.c0 = plan.at(args.c0, row);
+  student.c1 = plan.at(args.c1, row) + plan.at(args.p[0], row);
+  student.q0 = plan.at(args.q[0], row);
+  const int64_t from = args.vocab_offset + begin;
+  GradientCursors cursors{IdsCursor(args.sparse, row, from), IdsCursor(args.outside, row, from),
+                          slopes};
+  Z* out = static_cast<Z*>(args.out) + row * args.out_ld;
+  for (int64_t col = begin; col < end;) {
+    int64_t n = smaller(kTile, end - col);
+    if (args.tile_absmax) n = smaller(n, args.tile - col % args.tile);
+    const int64_t next = col + n, ahead = smaller(n, end - next);
+    for (int j = 0; j < args.streams; ++j)
+      if (plan.reads(j)) prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, next), ahead);
+    prefetch_tile<true>(out + next, ahead);
+    gradient_tile<Z, T>(plan, row, col, n, student, cursors, out + col);
+    if (args.tile_absmax)
+      raise_to(args.tile_absmax + col / args.tile, tile_magnitude(out + col, n));
+    col += n;
+  }
+}
+
+// The second sweep of one row, and its gradient while the row is in the second-level cache. `kept`
+// has room for the row's slopes, or is null: then they are computed twice.
+template <class Z>
+void close_row(const OutcomeArgs& second, const GradientPlan<Z>& plan, int64_t row, char* kept) {
+  const int64_t cols = second.cols, width = segment_width(cols);
+  OutcomeSums sums = segment_outcomes<Z>(second, plan.head, row, 0, smaller(cols, width), kept);
+  for (int64_t begin = width; begin < cols; begin += width)
+    sums.add(
+        segment_outcomes<Z>(second, plan.head, row, begin, smaller(cols, begin + width), kept));
+  second.value[row] += sums.value;
+  second.slope[row] += sums.slope;
+  segment_gradient(plan, row, 0, cols, kept);
+}
+
+// Slopes lie where the teacher's logits were, in the precision of sums: for half precision they
+// take the row before, too, which is done with, but for the first of every few rows.
+constexpr int64_t kCloseRows = 16;
+
+template <class Z>
+bool close_rows(const GradientPlan<Z>& plan) {
+  using T = typename Accumulator<Z>::type;
+  const GradientArgs& args = plan.args;
+  if (!plan.diverges || args.rows < 2 * kCloseRows * args.threads) return false;
+  const StreamArgs& teacher = args.stream[args.divergence.teacher];
+  char* logits = static_cast<char*>(const_cast<void*>(teacher.logits));
+  const OutcomeArgs second = second_sweep(args);
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
+  for (int64_t first = 0; first < args.rows; first += kCloseRows)
+    for (int64_t row = first; row < smaller(args.rows, first + kCloseRows); ++row) {
+      const bool fits = sizeof(T) == sizeof(Z);
+      const int64_t from = fits ? row : row - 1;
+      char* kept = logits + from * teacher.ld * int64_t(sizeof(Z));
+      close_row(second, plan, row, from < first ? nullptr : kept);
+    }
+  return true;
+}
+
+template <class Z>
+void gradient(const GradientArgs& args) {
+  const GradientPlan<Z> plan(args);
+  if (args.tile_absmax)
+    for (int64_t t = 0; t * args.tile < args.cols; ++t) args.tile_absmax[t] = 0;
+  if (args.closing_value) {
+    if (close_rows(plan)) return;
+    outcomes<Z>(second_sweep(args));
+  }
+  const int64_t width = segment_width(args.cols);
+  const int64_t segments = (args.cols + width - 1) / width;
+  const int64_t items = args.rows * segments;
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t begin = item % segments * width;
+    segment_gradient(plan, item / segments, begin, smaller(args.cols, begin + width), nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace PAD_ISA
+}  // namespace pad

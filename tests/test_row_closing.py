@@ -1,0 +1,157 @@
+"""The second sweep and the gradient in one pass, which overwrites the teacher's logits."""
+
+import pytest
+import torch
+from row_pass_harness import (
+    DTYPES,
+    HEADS,
+    INF,
+    NAN,
+    C,
+    State,
+    Stream,
+    assert_as_good,
+    make_streams,
+)
+from torch import Tensor
+
+KINDS = {"jsd": 0.3, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.2, "tvd": 0.5}
+# one entry; less than a vector; odd; more than a tile; several segments of a row
+WIDTHS = [1, 7, 507, 2051, 16500]
+# Two threads work on groups of 16 rows from 64 rows on; the last group is not full.
+ROWS = 70
+
+
+def divergence(kind: str, alpha: float, a_s: Tensor, a_t: Tensor) -> Tensor:
+    """The value of every row, densely."""
+    log_s, log_t = a_s.log_softmax(-1), a_t.log_softmax(-1)
+    s, t = log_s.exp(), log_t.exp()
+
+    def kl(log_p: Tensor, log_m: Tensor) -> Tensor:
+        ratio = torch.where(log_p == -INF, 0.0, log_p) - torch.where(log_p == -INF, 0.0, log_m)
+        return (log_p.exp() * ratio).sum(-1)
+
+    def log(p: Tensor) -> Tensor:
+        return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+
+    if kind == "tvd":
+        return (s - t).abs().sum(-1) / 2
+    if kind == "skew_reverse_kl":
+        return kl(log_s, log((1 - alpha) * t + alpha * s))
+    mean = log(alpha * t + (1 - alpha) * s)
+    if kind == "skew_forward_kl":
+        return kl(log_t, mean)
+    return alpha * kl(log_t, mean) + (1 - alpha) * kl(log_s, mean)
+
+
+class Case:
+    """A block of two streams, and the coefficients of its gradient."""
+
+    def __init__(self, kind: str, rows: int, cols: int, dtype: torch.dtype, head: str) -> None:
+        self.kind, self.alpha = kind, KINDS[kind]
+        self.streams = make_streams(2, rows, cols, dtype, HEADS[head])
+        number = torch.float64
+        self.weight, self.c0, self.c1 = (torch.randn(rows, dtype=number) for _ in range(3))
+        self.label = torch.randint(cols, (rows, 1))
+        self.sparse = torch.randn(rows, 1, dtype=number)
+
+    def close(self, threads: int = 2, tile: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, the gradient, and the largest magnitudes of column tiles."""
+        streams = [
+            Stream(s.logits.clone(), s.bias, s.scale, s.softcap, s.temperature)
+            for s in self.streams
+        ]
+        rows, cols = streams[0].logits.shape
+        state = State(streams, threads=threads).add()
+        value, slope = torch.zeros(2, rows, dtype=torch.float64)
+        out = torch.full_like(streams[0].logits, NAN)
+        peaks = torch.full((-(-cols // tile) if tile else 0,), NAN)
+        terms = C.GradientTerms()
+        terms.c0, terms.c1 = self.c0.data_ptr(), self.c1.data_ptr()
+        terms.sparse, terms.sparse_values = (self.label.data_ptr(), 1), self.sparse.data_ptr()
+        terms.divergence = (self.kind, self.alpha, 1)
+        terms.divergence_weight, terms.divergence_slope = self.weight.data_ptr(), slope.data_ptr()
+        terms.closing_value = value.data_ptr()
+        C.row_gradient(
+            *(state.dtype, [s.packed() for s in streams], rows, cols, 0),
+            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
+            *(out.data_ptr(), out.stride(0), terms, tile, peaks.data_ptr() if tile else 0, threads),
+        )
+        self.overwritten = not streams[1].logits.equal(self.streams[1].logits)
+        return value, out, peaks
+
+    def dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Values and gradient by autograd in ``dtype``."""
+        (a_s, chain), (a_t, _) = (s.transformed(dtype) for s in self.streams)
+        a_s = a_s.requires_grad_()
+        value = divergence(self.kind, self.alpha, a_s, a_t)
+        (d,) = torch.autograd.grad((value * self.weight.to(dtype)).sum(), a_s)
+        share = a_s.detach().softmax(-1)
+        d = d + self.c0.to(dtype)[:, None] + share * self.c1.to(dtype)[:, None]
+        d.scatter_add_(1, self.label, self.sparse.to(dtype))
+        return value.detach(), d * chain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "cols"),
+    # A float64 oracle is no more exact than the pass itself over a long row.
+    [(d, n) for d in DTYPES for n in WIDTHS if d != torch.float64 or n < 5000],
+)
+def test_values_and_gradient(dtype: torch.dtype, kind: str, cols: int) -> None:
+    torch.manual_seed(cols)
+    case = Case(kind, ROWS, cols, dtype, "plain")
+    value, out, _ = case.close()
+    assert case.overwritten
+    exact, exact_gradient = case.dense(torch.float64)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    dense, dense_gradient = case.dense(acc)
+    assert_as_good(value, exact, dense, 2)
+    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+
+
+@pytest.mark.parametrize("head", ["bias", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_heads_make_two_passes(dtype: torch.dtype, head: str) -> None:
+    torch.manual_seed(1)
+    case = Case("jsd", ROWS, 507, dtype, head)
+    value, out, _ = case.close()
+    assert not case.overwritten
+    exact, exact_gradient = case.dense(torch.float64)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    dense, dense_gradient = case.dense(acc)
+    assert_as_good(value, exact, dense, 2)
+    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    case = Case("jsd", ROWS, 2051, dtype, "plain")
+    one, two = case.close(threads=1), case.close(threads=2)
+    assert one[0].equal(two[0]) and one[1].equal(two[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entries_without_mass(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    case = Case("jsd", ROWS, 507, dtype, "plain")
+    neither, student, teacher = 3, 5, 8
+    for stream, gone in ((0, [neither, student]), (1, [neither, teacher])):
+        case.streams[stream].logits[:, gone] = -INF
+    case.c0.zero_()
+    case.sparse.zero_()
+    value, out, _ = case.close()
+    exact, exact_gradient = case.dense(torch.float64)
+    torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
+    assert (out[:, [neither, student]] == 0).all()
+    seen = exact_gradient[:, teacher].norm()
+    assert (out[:, teacher].double() - exact_gradient[:, teacher]).norm() < 0.01 * seen
+
+
+@pytest.mark.parametrize("tile", [100, 2048, 3000])
+def test_tile_magnitudes(tile: int) -> None:
+    torch.manual_seed(4)
+    case = Case("jsd", ROWS, 5000, torch.bfloat16, "plain")
+    _, out, peaks = case.close(tile=tile)
+    assert peaks.tolist() == [part.abs().max().item() for part in out.split(tile, dim=1)]
