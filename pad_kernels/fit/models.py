@@ -60,15 +60,16 @@ def read_config(name: str, source: str) -> Any:
     try:
         config = AutoConfig.for_model(**values).get_text_config()
     except Exception as error:  # whatever a config class makes of wrong values
-        fail_value(name, "a config that transformers can read", f"{path}: {_line(error)}")
+        fail_value(name, "a config that transformers can read", f"{path}: {line_of(error)}")
     if not getattr(config, "vocab_size", None):
         fail_value(name, "a language model's config", f"{path}, which names no vocab_size")
     return config
 
 
-def _line(error: Exception) -> str:
-    """The first line of an error, which may be pages long."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def line_of(error: Exception) -> str:
+    """The beginning of an error's first line; the whole may be pages long."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 240 else line[:240] + " ..."
 
 
 @contextmanager
@@ -104,8 +105,14 @@ def build(name: str, config: Any, dtype: torch.dtype, attention: str) -> nn.Modu
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:
-        fail_value(name, "the config of a causal LM", f"{config.model_type}: {_line(error)}")
+        fail_value(name, "the config of a causal LM", f"{config.model_type}: {line_of(error)}")
     return model.train()
+
+
+def checkpoint(model: Any) -> None:
+    """Switch gradient checkpointing on, as trainers do."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in later versions
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 class _Adapted(nn.Module):

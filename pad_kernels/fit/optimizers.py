@@ -40,12 +40,15 @@ def state_bytes(optimizer: str, trained: Sequence[Tensor], embeddings: Sequence[
 
 
 def step_bytes(optimizer: str, trained: Sequence[Tensor]) -> int:
-    """Bytes beyond states while the optimizer steps: one parameter's, as they are done in turn.
+    """Bytes beyond states while the optimizer steps, one parameter after the other.
 
     transformers' Adafactor makes float32 copies of a half-precision gradient and parameter, the
     update and the outer product of its factors: 16 bytes an entry, 8 for float32 parameters. The
-    others work in place.
+    update of the parameter before is still there. The others work in place.
     """
-    if optimizer != "adafactor":
-        return 0
-    return max(x.numel() * (8 if x.element_size() == 4 else 16) for x in trained)
+    most, before = 0, 0
+    for parameter in trained if optimizer == "adafactor" else ():
+        entries = parameter.numel()
+        most = max(most, entries * (8 if parameter.element_size() == 4 else 16) + before)
+        before = 4 * entries
+    return most

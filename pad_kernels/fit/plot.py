@@ -35,10 +35,11 @@ def save(found: list[Case], title: str, path: Path) -> None:
 
 
 def _limit(axis: Axes, room: int) -> None:
-    axis.axhline(room / GIB, color=LIMIT, linewidth=1.2, linestyle="--")
-    axis.annotate(
-        f"{room / GIB:.4g} GiB to use", (1, room / GIB), (0, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", fontsize=8.5, color=LIMIT,
+    text = f"{room / GIB:.4g} GiB to use"
+    axis.axhline(room / GIB, color=LIMIT, linewidth=1.2, linestyle="--", label=text)
+    axis.legend(
+        fontsize=8.5, ncols=2, loc="upper left", labelcolor=INK, frameon=True, framealpha=1,
+        edgecolor="white",
     )  # fmt: skip
 
 
@@ -55,11 +56,11 @@ def _composition(axis: Axes, found: list[Case]) -> None:
         axis.annotate(
             f"{case.peak / GIB:.1f}\n{case.worst}", (place, base), (0, 3), ha="center",
             textcoords="offset points", fontsize=8.5, color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     names = [f"{c.head}\n{'checkpoints' if c.checkpointing else 'keeps all'}" for c in found]
     axis.set_xticks(range(len(found)), names)
-    axis.set_ylim(0, max(setup.room, *(case.peak for case in found)) / GIB * 1.45)
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", labelcolor=INK)
+    axis.set_ylim(0, max(setup.room, *(case.peak for case in found)) / GIB * 1.5)
     text = f"One group of {setup.responses} × {setup.length} tokens"
     axis.set_title(text, fontsize=9.5, color=INK, loc="left")
     _limit(axis, setup.room)
@@ -78,9 +79,9 @@ def _growth(axis: Axes, found: list[Case]) -> None:
             label=f"{case.head}, {'checkpoints' if case.checkpointing else 'keeps all'}: "
             f"{case.groups * setup.responses}",
         )  # fmt: skip
-    axis.set_ylim(0, 1.45 * setup.room / GIB)
+    axis.set_ylim(0, 1.6 * setup.room / GIB)
+    axis.set_xlim(left=0)
     axis.set_xlabel(f"sequences of {setup.length} tokens in a micro-batch", fontsize=9, color=MUTED)
     title = "Needed by a micro-batch, and the largest that fits"
     axis.set_title(title, fontsize=9.5, color=INK, loc="left")
-    axis.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper left", labelcolor=INK)
     _limit(axis, setup.room)

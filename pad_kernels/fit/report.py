@@ -123,7 +123,7 @@ def table(found: list[Case], student: str) -> str:
     lines += [_row(f"fits in {_gib(setup.room)}", fits), ""]
     lines.append(_row(f"largest micro-batch, × {length}", [str(case.groups * n) for case in found]))
     lines.append(_row(f"  in groups of {n}", [str(case.groups) for case in found]))
-    return "\n".join(lines + _limit(found))
+    return "\n".join(lines + _notes(found))
 
 
 _MOMENTS = {
@@ -140,15 +140,17 @@ def _trained(student: str, static: Static) -> str:
     return f"{student}: {static.entries:,} parameters, {trained} of them trained"
 
 
-def _limit(found: list[Case]) -> list[str]:
-    """A line where the largest micro-batch needs more workspace than an op takes by itself."""
-    setup = found[0].step.setup
+def _notes(found: list[Case]) -> list[str]:
+    """What the largest micro-batch takes for granted that is not so by default."""
+    setup, notes = found[0].step.setup, []
+    if found[0].step.needs_flash and not setup.eager_attention:
+        notes.append("Needs flash-attn: without it transformers runs this model's attention eagerly"
+                     " (--eager-attention).")  # fmt: skip
     ours = [case for case in found if case.head == "ours" and case.groups]
     need = [case.step.plan(case.groups * setup.responses).workspace_bytes for case in ours]
-    if max(need, default=0) <= default_budget(setup.gpu_bytes):
-        return []
-    most = -(-max(need) // 2**20)
-    return ["", f"The largest needs pad_kernels.workspace_limit({most} << 20)."]
+    if max(need, default=0) > default_budget(setup.gpu_bytes):
+        notes.append(f"Needs pad_kernels.workspace_limit({-(-max(need) // 2**20)} << 20).")
+    return ["", *notes] if notes else []
 
 
 def _row(name: str, values: list[str]) -> str:
@@ -167,7 +169,7 @@ def nothing_fits(found: list[Case]) -> str:
     lines = [
         f"nothing fits: one group of {group} needs at least {_gib(best.peak)} GiB (during "
         f"{_MOMENTS[best.worst]}, checkpointing {'on' if best.checkpointing else 'off'}, "
-        f"{best.head} head), and there are {_gib(setup.room)}."
+        f"{'our head' if best.head == 'ours' else 'dense logits'}), and there are {_gib(setup.room)}."
     ]
     for words, changed in _changes(setup):
         need = prepare(changed, (True,))[True].peak(setup.responses, "ours")

@@ -104,6 +104,7 @@ class Step:
     backward: Affine
     dense: Affine
     teachers: tuple[TeacherPhase, ...]
+    needs_flash: bool  # whether transformers falls back to eager attention without flash-attn
 
     def activations(self, sequences: int) -> int:
         """Bytes the decoder keeps for its backward, the last hidden states included."""
@@ -230,8 +231,8 @@ def _traced(name: str, config: Any, phases: Any) -> list[Affine]:
     try:
         return trace.affine(phases)
     except Exception as error:  # whatever a model's code does with tensors without values
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        fail_value(name, "a model whose step can be traced", f"{config.model_type}: {text}")
+        text = f"{config.model_type}: {models.line_of(error)}"
+        fail_value(name, "a model whose step can be traced", text)
 
 
 def _step(setup: Setup, teachers: list[tuple[TeacherPhase, int]], checkpointing: bool) -> Step:
@@ -241,8 +242,7 @@ def _step(setup: Setup, teachers: list[tuple[TeacherPhase, int]], checkpointing:
     if setup.lora_rank is not None:
         models.add_lora(model, setup.lora_rank)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        models.checkpoint(model)
     there, head = trace.gradients_there(model), model.get_output_embeddings()
     dtypes: set[torch.dtype] = set()
 
@@ -265,6 +265,7 @@ def _step(setup: Setup, teachers: list[tuple[TeacherPhase, int]], checkpointing:
         backward=backward,
         dense=dense,
         teachers=tuple(phase for phase, _ in teachers),
+        needs_flash=not getattr(model, "_supports_sdpa", True),
     )
 
 

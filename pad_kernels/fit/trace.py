@@ -9,9 +9,11 @@ For a Llama block in bfloat16 with flash attention it finds, in bytes a token, H
 A = heads × head_dim, K = key-value heads × head_dim, I the intermediate size, what one can count by
 hand (after Korthikanti et al., arXiv 2205.05198, for this block and without dropout):
 
-    2 norms     2 · (4H + 4H + 2H + 4)     float32 input and normalised, bfloat16 output, 1/rms
-    attention   2 (2A + 2K)                rotated q and k, v and the output; + 4 bytes a head
-    MLP         2 · 4 I                    gate, its activation, up, the product of the two
+    2 norms     2 (4H + 2H + 2H + 4)    float32 input, bfloat16 normalised and output, 1/rms
+    attention   2 (2A + 2K) + 4 heads   rotated q and k, v and the output; a float32 a row
+    MLP         2 · 4I                  gate, its activation, up, the product of the two
+
+With checkpointing it is 2H a layer, and the above for the one layer that is done again.
 """
 
 from __future__ import annotations
