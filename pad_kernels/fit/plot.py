@@ -54,7 +54,7 @@ def _composition(axis: Axes, found: list[Case]) -> None:
             axis.bar(place, size / GIB, 0.66, bottom=base, color=PARTS[name], label=label)
             base += size / GIB
         axis.annotate(
-            f"{case.peak / GIB:.1f}\n{case.worst}", (place, base), (0, 3), ha="center",
+            f"{case.peak / GIB:.1f}\n{case.worst}", (place, base), (0, 5), ha="center",
             textcoords="offset points", fontsize=8.5, color=INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
@@ -69,7 +69,7 @@ def _composition(axis: Axes, found: list[Case]) -> None:
 def _growth(axis: Axes, found: list[Case]) -> None:
     setup = found[0].step.setup
     last = max(2, round(1.15 * max(case.groups for case in found)))
-    groups = sorted({max(1, round(1 + (last - 1) * i / 40)) for i in range(41)})
+    groups = sorted({round(last ** (i / 40)) for i in range(41)})
     for case in found:
         peaks = [case.step.peak(g * setup.responses, case.head) / GIB for g in groups]
         axis.plot(
@@ -80,7 +80,8 @@ def _growth(axis: Axes, found: list[Case]) -> None:
             f"{case.groups * setup.responses}",
         )  # fmt: skip
     axis.set_ylim(0, 1.6 * setup.room / GIB)
-    axis.set_xlim(left=0)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set_xlabel(f"sequences of {setup.length} tokens in a micro-batch", fontsize=9, color=MUTED)
     title = "Needed by a micro-batch, and the largest that fits"
     axis.set_title(title, fontsize=9.5, color=INK, loc="left")

@@ -165,11 +165,12 @@ def nothing_fits(found: list[Case]) -> str:
     """Why not even one group fits, and the first change that would let one fit."""
     setup = found[0].step.setup
     best = min(found, key=lambda case: case.peak)
+    head = "our head" if best.head == "ours" else "dense logits"
     group = f"{setup.responses} × {setup.length} tokens"
     lines = [
         f"nothing fits: one group of {group} needs at least {_gib(best.peak)} GiB (during "
         f"{_MOMENTS[best.worst]}, checkpointing {'on' if best.checkpointing else 'off'}, "
-        f"{'our head' if best.head == 'ours' else 'dense logits'}), and there are {_gib(setup.room)}."
+        f"{head}), and there are {_gib(setup.room)}."
     ]
     for words, changed in _changes(setup):
         need = prepare(changed, (True,))[True].peak(setup.responses, "ours")
