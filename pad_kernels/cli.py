@@ -1,4 +1,4 @@
-"""The command line: `pad-kernels bench | explain | demo`."""
+"""The command line: `pad-kernels bench | explain | plan | demo`."""
 
 from __future__ import annotations
 
@@ -159,6 +159,27 @@ def _add_bench(parser: argparse.ArgumentParser) -> Command:
     return runner.run
 
 
+def _plan_text() -> str:
+    from pad_kernels.fit.command import DESCRIPTION
+    from pad_kernels.fit.models import built_in
+
+    return DESCRIPTION.format(shapes=", ".join(built_in()))
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> Command:
+    from pad_kernels.fit import command
+
+    command.add_arguments(parser)
+
+    def plan(args: argparse.Namespace) -> int:
+        try:
+            return command.run(args)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            return fail(str(error))
+
+    return plan
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line as a parser; a command's function is its `run` attribute."""
     parser = argparse.ArgumentParser(
@@ -170,6 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     table = (
         ("demo", "distil preferences end to end and write a report", DEMO, _add_demo),
         ("explain", "print the plan of a loss of a given size", EXPLAIN, _add_explain),
+        ("plan", "what of a training step fits in a GPU's memory", _plan_text(), _add_plan),
         ("bench", "time and memory beside bare matrix products and peers", BENCH, _add_bench),
     )
     for name, short, text, add in table:

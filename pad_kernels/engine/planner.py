@@ -55,9 +55,14 @@ def make_plan(shape: Shape, request: PlanRequest) -> Plan:
     candidates = list(_Candidates(shape, request, budget).all())
     fitting = [plan for plan in candidates if plan.workspace_bytes <= budget]
     if not fitting:
-        smallest = min(plan.workspace_bytes for plan in candidates)
+        smallest = smallest_budget(shape, request)
         fail_value("plan", f"a workspace budget of at least {smallest} bytes", f"{budget} bytes")
     return min(fitting, key=lambda plan: plan.seconds)
+
+
+def smallest_budget(shape: Shape, request: PlanRequest) -> int:
+    """Bytes of the smallest workspace that some plan for a shape can do with."""
+    return min(plan.workspace_bytes for plan in _Candidates(shape, request, 0).all())
 
 
 def _ladder(total: int, step: int, whole: bool) -> Iterator[int]:
