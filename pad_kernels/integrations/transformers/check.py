@@ -74,6 +74,7 @@ def probe_rows(width: int, like: Tensor) -> Tensor:
     return like.new_tensor(PROBES)[:, None].expand(-1, width)
 
 
+@torch.compiler.disable
 def compare(model: str, head: ModelHead, raw: Tensor, theirs: Tensor) -> None:
     """Raise HeadMismatch unless ``theirs`` are the logits that ``head`` makes of raw products.
 
@@ -124,14 +125,15 @@ def _behind_the_head(options: HeadOptions, theirs: Tensor) -> str:
         f"a raw logit of {PROBES[int(place)]:g} becomes {theirs[place].flatten()[0].item():.4g} "
         f"where {ours[place].item():.4g} was expected (off by up to {worst.item():.3g})"
     )
-    slopes = theirs[1:] / ours[1:]
-    if not torch.equal(theirs[0], torch.zeros_like(theirs[0])):
+    factors = theirs[1:] / raw[1:]
+    if bool(theirs[0].any()):
         guess = "something is added to the logits behind the head"
-    elif bool((slopes - slopes[0, 0]).abs().max() < 1e-2 * slopes[0, 0].abs()):
-        guess = f"logits are multiplied by {slopes[0, 0].item():.4g} beyond logit_scale"
+    elif bool(((factors - factors[0, 0]).abs() < 1e-2 * factors[0, 0].abs()).all()):
+        guess = f"the model multiplies its raw logits by {factors[0, 0].item():.6g} and no more"
     else:
-        guess = "there is a soft cap or another function of the logits, or a different one"
-    return f"{found}: {guess}"
+        guess = "the model has a soft cap or another function of its logits"
+    read = f"read were logit_scale {options.logit_scale:.6g}, softcap {options.softcap}"
+    return f"{found}: {guess}; {read}"
 
 
 def _fail(model: str, found: str) -> NoReturn:

@@ -68,9 +68,10 @@ def run_with_head(
 ) -> Any:
     """Call a model, and in the place of its LM head something that never makes the logits.
 
-    The model's own forward runs once, with every wrapper's around it. Where it would call its head,
-    ``compute`` is called with the hidden states and the head: shards are gathered there, autocast is
-    on, and the result passes through the wrappers as the model's output, so that their hooks see it.
+    The model's own forward runs once, with every wrapper's around it. Where it would call its
+    head, ``compute`` is called with the hidden states and the head: shards are gathered there,
+    autocast is on, and the result passes through the wrappers as the model's output, so that their
+    hooks see it.
 
     With torch.compile the graph is cut at the head.
 
