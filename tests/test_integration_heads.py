@@ -130,7 +130,7 @@ class FourBit(nn.Linear):
 def test_heads_that_are_refused_by_name() -> None:
     model = tiny.build("llama")
     model.lm_head = FourBit(32, tiny.VOCAB)
-    with pytest.raises(TypeError, match="not quantised or replaced, got .*FourBit"):
+    with pytest.raises(TypeError, match=r"not quantised or replaced, got .*FourBit"):
         head_of(model)
     model.lm_head = nn.Sequential(nn.Linear(32, tiny.VOCAB))
     with pytest.raises(TypeError, match=r"torch\.nn\.Linear.*got .*Sequential"):
@@ -141,7 +141,7 @@ def test_heads_that_are_refused_by_name() -> None:
         head_of(model)
     with pytest.raises(TypeError, match=r"get_output_embeddings\(\) is None"):
         head_of(model.model)
-    with pytest.raises(TypeError, match="model: expected a causal language model.*got Linear"):
+    with pytest.raises(TypeError, match=r"model: expected a causal language model.*got Linear"):
         head_of(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="torchrun"):
         head_of(nn.DataParallel(model))
@@ -174,7 +174,7 @@ class Packed(Tensor):
 def test_a_quantised_weight_is_refused() -> None:
     model = tiny.build("llama")
     model.lm_head.weight = nn.Parameter(Packed(torch.ones(tiny.VOCAB, 32)), requires_grad=False)
-    with pytest.raises(TypeError, match="a plain weight, not quantised, got .*Packed"):
+    with pytest.raises(TypeError, match=r"a plain weight, not quantised, got .*Packed"):
         head_of(model)
 
 
@@ -184,7 +184,7 @@ def test_inputs_that_are_refused() -> None:
         hidden_states(model, labels=inputs["input_ids"], **inputs)
     with pytest.raises(ValueError, match=r"hidden states of the \(3, 9\) positions"):
         hidden_states(model, logits_to_keep=2, **inputs)
-    with pytest.raises(TypeError, match="compute: expected a result of tensors.*got float"):
+    with pytest.raises(TypeError, match=r"compute: expected a result of tensors.*got float"):
         run_with_head(model, lambda hidden, head: 1.0, **inputs)
     with pytest.raises(TypeError, match="got nothing"):
         run_with_head(model, lambda hidden, head: None, **inputs)

@@ -205,7 +205,7 @@ class TestTraining:
         assert_same_step(model, tiny.build("gemma2"))
 
     def test_autocast(self) -> None:
-        """Both steps under autocast; also the head's own gradient if compute uses autocast's casts."""
+        """Also the head's gradient, where compute shares autocast's cast of its weight."""
 
         def plain(hidden: Tensor, head: ModelHead) -> Tensor:
             logits = F.linear(hidden, head.weight).float()
