@@ -62,6 +62,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPTNeoXForCausalLM",
         _SHAPE | {"tie_word_embeddings": True},
     ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _SHAPE | {"num_local_experts": 2, "experts_implementation": "eager"},  # takes float64
+    ),
     # It asks its head for the weight's dtype.
     "mamba": ("MambaConfig", "MambaForCausalLM", _MAMBA),
     "recurrent-gemma": (

@@ -89,7 +89,8 @@ def run_with_head(
 
     Raises:
         TypeError: a head that cannot be read, see :func:`head_of`; a result without tensors.
-        ValueError: labels among the inputs, or hidden states of other positions than the inputs'.
+        ValueError: labels among the inputs; hidden states of other positions than the inputs'; a
+            model that is trained with a loss of its own, as a mixture of experts' router has.
         HeadMismatch: the model's own logits are not those of the head.
 
     Example:
@@ -164,6 +165,12 @@ class _Call:
             output = forward(*args, **kwargs)
             if self.head is None:
                 fail_type("model", "a model that calls its output embedding", self.lm)
+            if torch.is_grad_enabled() and getattr(output, "aux_loss", None) is not None:
+                fail_value(
+                    "model",
+                    "no loss of its own, which would be lost (output_router_logits=False)",
+                    f"an aux_loss from {type(self.lm).__name__}",
+                )
             if self.raw is not None:
                 logits = output["logits"] if hasattr(output, "keys") else output[0]
                 compare(type(self.lm).__name__, self.head, self.raw, logits[0])
@@ -243,7 +250,10 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _quiet(like: Tensor) -> Iterator[None]:
-    """No gradient, and no cast weights without a gradient left in autocast's cache."""
+    """No gradient, and no weights in autocast's cache that were cast without one.
+
+    Versions of torch that keep those would use them where a gradient is wanted.
+    """
     kind = like.device.type
     dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
     with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False):
