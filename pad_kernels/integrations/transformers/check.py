@@ -65,7 +65,7 @@ class HeadCheck:
             real = mask.reshape(-1).nonzero().squeeze(1)
         else:
             real = torch.arange(tokens)
-        places = torch.linspace(0, len(real) - 1, min(self.rows, len(real)))
+        places = torch.linspace(0, len(real) - 1, min(self.rows, len(real)), dtype=torch.float64)
         return real[places.round().long().to(real.device)]
 
 
