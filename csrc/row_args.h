@@ -87,12 +87,16 @@ struct GradientArgs : BlockArgs {
   DivergenceArgs divergence;
   const double* divergence_weight;  // (rows,), of its gradient
   const double* divergence_slope;   // (rows,), the sum of slopes
-  // Where the second sweep has still to be made: the sums to add to, slopes to divergence_slope
-  // itself. It may overwrite the teacher's logits.
-  double* closing_value;
-  double* closing_slope;
   int64_t tile;
   float* tile_absmax;  // (ceil(cols / tile),), or null
+};
+
+// All of the above for a block of whole rows: the first sweep, the second if there is a
+// second.value, and the gradient. Logits may be overwritten.
+struct WalkArgs {
+  StatisticsArgs first;
+  OutcomeArgs second;
+  GradientArgs gradient;
 };
 
 // Raw logits (count,) in acc behind their head transform, in place: the very numbers that the row

@@ -137,12 +137,13 @@ pad::DivergenceArgs parse_divergence(const pad::BlockArgs& args, const Divergenc
   return found;
 }
 
+// Normalisers and moments of a block.
 template <class Target>
-void row_statistics(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
-                    int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
-                    const std::vector<Pointer>& sums, const std::vector<MomentSpec>& moments,
-                    Pointer total, Pointer argmax, Pointer argmax_value, const Ids& tail,
-                    Pointer tail_maximum, Pointer tail_sum, Pointer where) {
+pad::StatisticsArgs parse_statistics(const std::string& dtype, const std::vector<Stream>& streams,
+                                     int64_t rows, int64_t cols, int64_t vocab_offset,
+                                     const std::vector<Pointer>& maxima,
+                                     const std::vector<Pointer>& sums,
+                                     const std::vector<MomentSpec>& moments, Pointer where) {
   pad::StatisticsArgs args{};
   parse_block<Target>(args, dtype, streams, rows, cols, vocab_offset, where);
   parse_columns(args.maximum, "maxima", maxima, streams.size(), rows, false);
@@ -164,6 +165,17 @@ void row_statistics(const std::string& dtype, const std::vector<Stream>& streams
     }
     args.moment[k].value = at<double>(value);
   }
+  return args;
+}
+
+template <class Target>
+void row_statistics(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+                    int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
+                    const std::vector<Pointer>& sums, const std::vector<MomentSpec>& moments,
+                    Pointer total, Pointer argmax, Pointer argmax_value, const Ids& tail,
+                    Pointer tail_maximum, Pointer tail_sum, Pointer where) {
+  pad::StatisticsArgs args = parse_statistics<Target>(dtype, streams, rows, cols, vocab_offset,
+                                                      maxima, sums, moments, where);
   require_pointer("argmax_value", argmax_value, argmax && rows > 0);
   args.total = at<double>(total);
   args.argmax = at<int64_t>(argmax);
@@ -177,10 +189,10 @@ void row_statistics(const std::string& dtype, const std::vector<Stream>& streams
 }
 
 template <class Target>
-void row_outcomes(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
-                  int64_t cols, const std::vector<Pointer>& maxima,
-                  const std::vector<Pointer>& sums, const DivergenceSpec& divergence, Pointer value,
-                  Pointer slope, Pointer where) {
+pad::OutcomeArgs parse_outcomes(const std::string& dtype, const std::vector<Stream>& streams,
+                                int64_t rows, int64_t cols, const std::vector<Pointer>& maxima,
+                                const std::vector<Pointer>& sums, const DivergenceSpec& divergence,
+                                Pointer value, Pointer slope, Pointer where) {
   pad::OutcomeArgs args{};
   parse_block<Target>(args, dtype, streams, rows, cols, 0, where);
   parse_columns(args.maximum, "maxima", maxima, streams.size(), rows, false);
@@ -191,6 +203,16 @@ void row_outcomes(const std::string& dtype, const std::vector<Stream>& streams, 
   require_pointer("slope", slope, rows > 0);
   args.value = at<double>(value);
   args.slope = at<double>(slope);
+  return args;
+}
+
+template <class Target>
+void row_outcomes(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+                  int64_t cols, const std::vector<Pointer>& maxima,
+                  const std::vector<Pointer>& sums, const DivergenceSpec& divergence, Pointer value,
+                  Pointer slope, Pointer where) {
+  const pad::OutcomeArgs args = parse_outcomes<Target>(dtype, streams, rows, cols, maxima, sums,
+                                                       divergence, value, slope, where);
   py::gil_scoped_release released;
   Target::outcomes(args);
 }
@@ -204,14 +226,16 @@ struct GradientTerms {
   Ids outside{0, 0};
   Pointer outside_value = 0, outside_maximum = 0;
   DivergenceSpec divergence{"", 0.0, 0};
-  Pointer divergence_weight = 0, divergence_slope = 0, closing_value = 0;
+  Pointer divergence_weight = 0, divergence_slope = 0;
 };
 
 template <class Target>
-void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
-                  int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
-                  const std::vector<Pointer>& sums, Pointer out, int64_t out_ld,
-                  const GradientTerms& terms, int64_t tile, Pointer tile_absmax, Pointer where) {
+pad::GradientArgs parse_gradient(const std::string& dtype, const std::vector<Stream>& streams,
+                                 int64_t rows, int64_t cols, int64_t vocab_offset,
+                                 const std::vector<Pointer>& maxima,
+                                 const std::vector<Pointer>& sums, Pointer out, int64_t out_ld,
+                                 const GradientTerms& terms, int64_t tile, Pointer tile_absmax,
+                                 Pointer where) {
   pad::GradientArgs args{};
   parse_block<Target>(args, dtype, streams, rows, cols, vocab_offset, where);
   parse_columns(args.maximum, "maxima", maxima, streams.size(), rows, false);
@@ -242,10 +266,19 @@ void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, 
   args.outside_maximum = at<double>(terms.outside_maximum);
   args.divergence_weight = at<double>(terms.divergence_weight);
   args.divergence_slope = at<double>(terms.divergence_slope);
-  args.closing_value = at<double>(terms.closing_value);
-  args.closing_slope = at<double>(terms.divergence_slope);
   args.tile = tile;
   args.tile_absmax = at<float>(tile_absmax);
+  return args;
+}
+
+template <class Target>
+void row_gradient(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+                  int64_t cols, int64_t vocab_offset, const std::vector<Pointer>& maxima,
+                  const std::vector<Pointer>& sums, Pointer out, int64_t out_ld,
+                  const GradientTerms& terms, int64_t tile, Pointer tile_absmax, Pointer where) {
+  const pad::GradientArgs args =
+      parse_gradient<Target>(dtype, streams, rows, cols, vocab_offset, maxima, sums, out, out_ld,
+                             terms, tile, tile_absmax, where);
   py::gil_scoped_release released;
   Target::gradient(args);
 }
@@ -288,8 +321,7 @@ void bind_row_passes(py::module_& m) {
       .def_readwrite("outside_maximum", &GradientTerms::outside_maximum)
       .def_readwrite("divergence", &GradientTerms::divergence)
       .def_readwrite("divergence_weight", &GradientTerms::divergence_weight)
-      .def_readwrite("divergence_slope", &GradientTerms::divergence_slope)
-      .def_readwrite("closing_value", &GradientTerms::closing_value);
+      .def_readwrite("divergence_slope", &GradientTerms::divergence_slope);
   m.def("row_gradient", &row_gradient<Target>, py::arg("dtype"), py::arg("streams"),
         py::arg("rows"), py::arg("cols"), py::arg("vocab_offset"), py::arg("maxima"),
         py::arg("sums"), py::arg("out"), py::arg("out_ld"), py::arg("terms"), py::arg("tile") = 0,

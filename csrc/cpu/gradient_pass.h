@@ -368,52 +368,15 @@ void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, i
   }
 }
 
-// The second sweep of one row, and its gradient while the row is in the second-level cache. `kept`
-// has room for the row's slopes, or is null: then they are computed twice.
-template <class Z>
-void close_row(const OutcomeArgs& second, const GradientPlan<Z>& plan, int64_t row, char* kept) {
-  const int64_t cols = second.cols, width = segment_width(cols);
-  OutcomeSums sums = segment_outcomes<Z>(second, plan.head, row, 0, smaller(cols, width), kept);
-  for (int64_t begin = width; begin < cols; begin += width)
-    sums.add(
-        segment_outcomes<Z>(second, plan.head, row, begin, smaller(cols, begin + width), kept));
-  second.value[row] += sums.value;
-  second.slope[row] += sums.slope;
-  segment_gradient(plan, row, 0, cols, kept);
-}
-
-// Slopes lie where the teacher's logits were, in the precision of sums: for half precision they
-// take the row before, too, which is done with, but for the first of every few rows.
-constexpr int64_t kCloseRows = 16;
-
-template <class Z>
-bool close_rows(const GradientPlan<Z>& plan) {
-  using T = typename Accumulator<Z>::type;
-  const GradientArgs& args = plan.args;
-  if (!plan.diverges || args.rows < 2 * kCloseRows * args.threads) return false;
-  const StreamArgs& teacher = args.stream[args.divergence.teacher];
-  char* logits = static_cast<char*>(const_cast<void*>(teacher.logits));
-  const OutcomeArgs second = second_sweep(args);
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
-  for (int64_t first = 0; first < args.rows; first += kCloseRows)
-    for (int64_t row = first; row < smaller(args.rows, first + kCloseRows); ++row) {
-      const bool fits = sizeof(T) == sizeof(Z);
-      const int64_t from = fits ? row : row - 1;
-      char* kept = logits + from * teacher.ld * int64_t(sizeof(Z));
-      close_row(second, plan, row, from < first ? nullptr : kept);
-    }
-  return true;
+inline void forget_magnitudes(const GradientArgs& args) {
+  if (args.tile_absmax)
+    for (int64_t t = 0; t * args.tile < args.cols; ++t) args.tile_absmax[t] = 0;
 }
 
 template <class Z>
 void gradient(const GradientArgs& args) {
   const GradientPlan<Z> plan(args);
-  if (args.tile_absmax)
-    for (int64_t t = 0; t * args.tile < args.cols; ++t) args.tile_absmax[t] = 0;
-  if (args.closing_value) {
-    if (close_rows(plan)) return;
-    outcomes<Z>(second_sweep(args));
-  }
+  forget_magnitudes(args);
   const int64_t width = segment_width(args.cols);
   const int64_t segments = (args.cols + width - 1) / width;
   const int64_t items = args.rows * segments;

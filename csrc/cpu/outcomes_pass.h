@@ -157,20 +157,6 @@ void outcomes(const OutcomeArgs& args) {
       });
 }
 
-// The second sweep that a gradient has to make first.
-OutcomeArgs second_sweep(const GradientArgs& args) {
-  OutcomeArgs second{};
-  static_cast<BlockArgs&>(second) = args;
-  for (int j = 0; j < args.streams; ++j) {
-    second.maximum[j] = args.maximum[j];
-    second.sum[j] = args.sum[j];
-  }
-  second.divergence = args.divergence;
-  second.value = args.closing_value;
-  second.slope = args.closing_slope;
-  return second;
-}
-
 }  // namespace
 }  // namespace PAD_ISA
 }  // namespace pad

@@ -18,6 +18,7 @@ struct RowPass {
   void (*statistics)(const pad::StatisticsArgs&);
   void (*outcomes)(const pad::OutcomeArgs&);
   void (*gradient)(const pad::GradientArgs&);
+  void (*walk)(const pad::WalkArgs&);
   void (*transform)(const pad::TransformArgs&);
 };
 
@@ -32,14 +33,26 @@ RowPass choose() {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && cap != "avx2" && cap != "baseline")
-    return {"avx512", &pad::avx512::row_statistics, &pad::avx512::row_outcomes,
-            &pad::avx512::row_gradient, &pad::avx512::head_transform};
+    return {"avx512",
+            &pad::avx512::row_statistics,
+            &pad::avx512::row_outcomes,
+            &pad::avx512::row_gradient,
+            &pad::avx512::row_walk,
+            &pad::avx512::head_transform};
   if (has_avx2 && cap != "baseline")
-    return {"avx2", &pad::avx2::row_statistics, &pad::avx2::row_outcomes, &pad::avx2::row_gradient,
+    return {"avx2",
+            &pad::avx2::row_statistics,
+            &pad::avx2::row_outcomes,
+            &pad::avx2::row_gradient,
+            &pad::avx2::row_walk,
             &pad::avx2::head_transform};
 #endif
-  return {"baseline", &pad::portable::row_statistics, &pad::portable::row_outcomes,
-          &pad::portable::row_gradient, &pad::portable::head_transform};
+  return {"baseline",
+          &pad::portable::row_statistics,
+          &pad::portable::row_outcomes,
+          &pad::portable::row_gradient,
+          &pad::portable::row_walk,
+          &pad::portable::head_transform};
 }
 
 const RowPass& row_pass() {
@@ -82,10 +95,32 @@ struct Cpu {
   static void transform(const pad::TransformArgs& args) { row_pass().transform(args); }
 };
 
+// Maxima, sums, moments, `value` and the terms' divergence_slope are read and written.
+void row_walk(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
+              int64_t cols, const std::vector<Pointer>& maxima, const std::vector<Pointer>& sums,
+              const std::vector<MomentSpec>& moments, Pointer value, Pointer out, int64_t out_ld,
+              const GradientTerms& terms, int64_t tile, Pointer tile_absmax, Pointer threads) {
+  pad::WalkArgs args{};
+  args.first = parse_statistics<Cpu>(dtype, streams, rows, cols, 0, maxima, sums, moments, threads);
+  args.second.cols = cols;
+  if (std::get<2>(terms.divergence) > 0)
+    args.second = parse_outcomes<Cpu>(dtype, streams, rows, cols, maxima, sums, terms.divergence,
+                                      value, terms.divergence_slope, threads);
+  args.gradient = parse_gradient<Cpu>(dtype, streams, rows, cols, 0, maxima, sums, out, out_ld,
+                                      terms, tile, tile_absmax, threads);
+  py::gil_scoped_release released;
+  row_pass().walk(args);
+}
+
 }  // namespace
 
 void bind_rows(py::module_& m) {
   bind_row_passes<Cpu>(m);
+  m.def("row_walk", &row_walk, py::arg("dtype"), py::arg("streams"), py::arg("rows"),
+        py::arg("cols"), py::arg("maxima"), py::arg("sums"), py::arg("moments"), py::arg("value"),
+        py::arg("out"), py::arg("out_ld"), py::arg("terms"), py::arg("tile") = 0,
+        py::arg("tile_absmax") = 0, py::arg("threads") = 1,
+        "All passes over a block of whole rows, row by row; logits may be overwritten.");
   m.def(
       "simd_level", [] { return std::string(row_pass().name); },
       "The instruction set in use: avx512, avx2 or baseline.");

@@ -9,6 +9,7 @@
 #include "gradient_pass.h"
 #include "outcomes_pass.h"
 #include "statistics_pass.h"
+#include "walk_pass.h"
 
 namespace pad {
 namespace PAD_ISA {
@@ -66,6 +67,20 @@ void row_gradient(const GradientArgs& args) {
       return gradient<double>(args);
     case DType::bfloat16:
       return gradient<bfloat16>(args);
+    case DType::float16:
+      return;
+  }
+}
+
+void row_walk(const WalkArgs& args) {
+  if (args.gradient.rows <= 0 || args.gradient.cols <= 0) return;
+  switch (args.gradient.dtype) {
+    case DType::float32:
+      return walk<float>(args);
+    case DType::float64:
+      return walk<double>(args);
+    case DType::bfloat16:
+      return walk<bfloat16>(args);
     case DType::float16:
       return;
   }

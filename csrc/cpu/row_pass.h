@@ -11,6 +11,7 @@ namespace pad {
   void row_statistics(const StatisticsArgs&); \
   void row_outcomes(const OutcomeArgs&);      \
   void row_gradient(const GradientArgs&);     \
+  void row_walk(const WalkArgs&);             \
   void head_transform(const TransformArgs&);  \
   }
 PAD_DECLARE_ROW_PASS(portable)

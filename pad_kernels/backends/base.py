@@ -108,22 +108,27 @@ class FusedBackend(Protocol):
 
 
 @runtime_checkable
-class ClosingBackend(Protocol):
-    """What a backend may offer besides: the second sweep together with the gradient, row by row."""
+class WalkingBackend(Protocol):
+    """What a backend may offer besides: statistics and gradient in one walk over each row."""
 
-    def close(
+    def walks(self, wanted: list[Statistic]) -> bool:
+        """Whether it does so for these statistics."""
+        ...
+
+    def walk(
         self,
         problem: Problem,
         out: Tensor,
         logits: dict[int, Tensor],
         stats: RowStats,
+        wanted: list[Statistic],
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        """As :meth:`Backend.gradient` where the second sweep has still to be measured.
+        """As :meth:`Backend.gradient`, after measuring both sweeps, over the whole vocabulary.
 
-        The logits are those of the whole vocabulary, and no longer needed: a teacher's may be
-        overwritten.
+        The gradient's coefficients were made without these statistics. The logits are no longer
+        needed: a teacher's may be overwritten, too.
         """
         ...
 

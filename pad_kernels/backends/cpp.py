@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.native import NativeBackend
+from pad_kernels.backends.native import Block, NativeBackend
 from pad_kernels.backends.registry import native, native_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import RowStats
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import Moment, Normalizer, RowStats, Statistic
 
 
 class CppBackend(NativeBackend):
@@ -36,13 +37,19 @@ class CppBackend(NativeBackend):
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         return native_error() or super().refuses(recipe, device)
 
-    def close(
+    def walks(self, wanted: list[Statistic]) -> bool:
+        return all(isinstance(s, (Normalizer, Moment, Outcomes)) for s in wanted)
+
+    def walk(
         self,
         problem: Problem,
         out: Tensor,
         logits: dict[int, Tensor],
         stats: RowStats,
+        wanted: list[Statistic],
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        return self._gradient(problem, out, logits, 0, stats, gradient, bound, close=True)
+        peaks = self.peaks(out, bound)
+        Block(self, problem, stats, logits, 0).walk(wanted, gradient, out, peaks)
+        return peaks

@@ -93,7 +93,7 @@ class NativeBackend:
         if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
             others = [s for s in wanted if s not in ours]
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
-        block = _Block(self, problem, stats, logits, offset)
+        block = Block(self, problem, stats, logits, offset)
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 block.outcomes(statistic)
@@ -111,29 +111,19 @@ class NativeBackend:
         gradient: LogitGradient,
         bound: float,
     ) -> Tensor | None:
-        return self._gradient(problem, out, logits, offset, stats, gradient, bound, close=False)
-
-    def _gradient(
-        self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        offset: int,
-        stats: RowStats,
-        gradient: LogitGradient,
-        bound: float,
-        *,
-        close: bool,
-    ) -> Tensor | None:
-        peaks = None
-        if bound > 0:
-            tiles = -(-out.shape[1] // FILTER_TILE)
-            peaks = torch.zeros(tiles, dtype=torch.float32, device=out.device)
-        _Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks, close)
+        peaks = self.peaks(out, bound)
+        Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
         return peaks
 
+    def peaks(self, out: Tensor, bound: float) -> Tensor | None:
+        """Room for the largest magnitude of each column tile, if a filter wants to know it."""
+        if bound <= 0:
+            return None
+        tiles = -(-out.shape[1] // FILTER_TILE)
+        return torch.zeros(tiles, dtype=torch.float32, device=out.device)
 
-class _Block:
+
+class Block:
     """One block of raw logits as a module's functions take it: pointers to all of it.
 
     Whatever had to be copied is held until the block is done with.
@@ -188,15 +178,19 @@ class _Block:
         """Per-row ids, ascending."""
         return self.stats.inputs[name].sort(dim=1).values
 
-    def statistics(self, wanted: list[Statistic]) -> None:
-        """Merge this block into first-sweep statistics."""
-        moments: list[tuple[int, tuple[float, ...], int]] = []
-        more: dict[str, Any] = {}
+    def _moments(self, wanted: list[Statistic]) -> list[tuple[int, tuple[float, ...], int]]:
+        found = []
         for s in wanted:
             if isinstance(s, Moment):
                 padded = (*s.coefficients, *[0.0] * len(self.streams))[: len(self.streams)]
-                moments.append((s.stream, padded, self.stats[s].data_ptr()))
-            elif isinstance(s, Total):
+                found.append((s.stream, padded, self.stats[s].data_ptr()))
+        return found
+
+    def statistics(self, wanted: list[Statistic]) -> None:
+        """Merge this block into first-sweep statistics."""
+        more: dict[str, Any] = {}
+        for s in wanted:
+            if isinstance(s, Total):
                 more["total"] = self.stats[s].data_ptr()
             elif isinstance(s, Argmax):
                 more["argmax"] = self.stats[s].data_ptr()
@@ -209,7 +203,7 @@ class _Block:
         with self.backend.running(self.device) as where:
             self.backend.module().row_statistics(
                 *(self.dtype, self.streams, self.rows, self.cols, self.offset),
-                *(self.maxima, self.sums, moments),
+                *(self.maxima, self.sums, self._moments(wanted)),
                 **more,
                 **{self.backend.place: where},
             )
@@ -224,15 +218,9 @@ class _Block:
                 *(value, slope, where),
             )
 
-    def gradient(
-        self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None, close: bool
-    ) -> None:
-        """Write the gradient with respect to the student's raw logits.
-
-        ``close``: after measuring the second sweep, which the statistics still lack.
-        """
-        module = self.backend.module()
-        terms = module.GradientTerms()
+    def _terms(self, gradient: LogitGradient) -> Any:
+        """A gradient's coefficients as the module takes them."""
+        terms = self.backend.module().GradientTerms()
         terms.c0, terms.c1 = self._column(gradient.constant), self._column(gradient.student)
         streams = range(len(self.streams))
         terms.q = [self._column(gradient.moments.get(j)) for j in streams]
@@ -249,12 +237,33 @@ class _Block:
             assert isinstance(functional, Divergence)
             terms.divergence = (functional.kind, functional.alpha, functional.teacher)
             terms.divergence_weight = self._column(grad[0])
-            value, slope = self.stats[functional.outcomes]
-            terms.divergence_slope = slope.data_ptr() if close else self._column(slope)
-            terms.closing_value = value.data_ptr() if close else 0
+            slope = self.stats[functional.outcomes][1]
+            # Early statistics are float64 already, and a walk writes to them.
+            terms.divergence_slope = self._column(slope)
+        return terms
+
+    def gradient(self, gradient: LogitGradient, out: Tensor, peaks: Tensor | None) -> None:
+        """Write the gradient with respect to the student's raw logits."""
         with self.backend.running(self.device) as where:
-            module.row_gradient(
+            self.backend.module().row_gradient(
                 *(self.dtype, self.streams, self.rows, self.cols, self.offset),
                 *(self.maxima, self.sums, out.data_ptr(), out.stride(0)),
-                *(terms, FILTER_TILE, self._pointer(peaks), where),
+                *(self._terms(gradient), FILTER_TILE, self._pointer(peaks), where),
+            )
+
+    def walk(
+        self,
+        wanted: list[Statistic],
+        gradient: LogitGradient,
+        out: Tensor,
+        peaks: Tensor | None,
+    ) -> None:
+        """Statistics of both sweeps, and the gradient."""
+        values = [self.stats[s][0].data_ptr() for s in wanted if isinstance(s, Outcomes)]
+        with self.backend.running(self.device) as where:
+            self.backend.module().row_walk(
+                *(self.dtype, self.streams, self.rows, self.cols),
+                *(self.maxima, self.sums, self._moments(wanted), values[0] if values else 0),
+                *(out.data_ptr(), out.stride(0)),
+                *(self._terms(gradient), FILTER_TILE, self._pointer(peaks), where),
             )

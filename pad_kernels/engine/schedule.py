@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import Backend, ClosingBackend, FusedBackend, get_backend
+from pad_kernels.backends.base import Backend, FusedBackend, WalkingBackend, get_backend
 from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, column_runs
@@ -97,7 +97,7 @@ class Pass:
         wanted = [s for s in self.problem.recipe.measured(part.functionals) if s.sweep == sweep]
         for statistic in wanted:
             if isinstance(statistic, Picked):
-                stats[statistic] += self._picked(statistic, stats, logits[0], offset)
+                stats[statistic] += self.picked(statistic, stats, logits[0], offset)
         rest = [s for s in wanted if not isinstance(s, Picked)]
         if rest:
             self.backend.measure(self.problem, stats, rest, logits, offset)
@@ -111,7 +111,7 @@ class Pass:
         fuses = backend.fuses(self.problem, stats, wanted, hidden, self.plan.vocab_block)
         return backend if fuses else None
 
-    def _picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
+    def picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""
         student = self.problem.streams[0]
         ids = stats.inputs[statistic.ids]
@@ -250,8 +250,6 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
             logits = run.logits_in(room, part.streams, b - a, vocab)
             run.logits(hidden, 0, vocab, logits)
             stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
-            run.measure(part, stats, logits, 0, sweep=1)
-            stats = reduce_stats(stats)
             peaks = _differentiate_block(run, part, stats, logits, weights[:, a:b], bound)
             _values(problem, part, stats, values[:, a:b])
             runs = column_runs(peaks, bound, vocab)
@@ -267,15 +265,20 @@ def _differentiate_block(
     weights: Tensor,
     bound: float,
 ) -> Tensor | None:
-    """The rest of the sweeps of a token block, and its gradient over the student's logits."""
+    """Statistics of a token block, and its gradient in the place of the student's logits."""
     problem, backend = run.problem, run.backend
-    functionals = (problem.recipe.functionals[i] for i in part.functionals)
-    if any(statistic.sweep == 2 for f in functionals for statistic in f.statistics):
-        if isinstance(backend, ClosingBackend):
-            # What a gradient takes from the second sweep, the backend fills in by itself.
+    functionals = [problem.recipe.functionals[i] for i in part.functionals]
+    if isinstance(backend, WalkingBackend) and not any(f.looks_back for f in functionals):
+        wanted = list(problem.recipe.measured(part.functionals))
+        picked = [s for s in wanted if isinstance(s, Picked)]
+        rest = [s for s in wanted if s not in picked]
+        if backend.walks(rest):
+            for statistic in picked:
+                stats[statistic] += run.picked(statistic, stats, logits[0], 0)
             gradient = _gradient(problem, part, weights, stats)
-            return backend.close(problem, logits[0], logits, stats, gradient, bound)
-        run.measure(part, stats, logits, 0, sweep=2)
+            return backend.walk(problem, logits[0], logits, stats, rest, gradient, bound)
+    for sweep in range(1, problem.recipe.sweeps + 1):
+        run.measure(part, stats, logits, 0, sweep)
         stats = reduce_stats(stats)
     gradient = _gradient(problem, part, weights, stats)
     return backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)

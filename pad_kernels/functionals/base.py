@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,10 @@ def _add_all(a: Mapping[Key, Tensor], b: Mapping[Key, Tensor]) -> dict[Key, Tens
 @dataclass(frozen=True)
 class Functional:
     """One row functional; subclasses are frozen dataclasses of plain numbers and strings."""
+
+    #: Whether the coefficients of its gradient are made of statistics. Where they are not, a
+    #: backend may measure and differentiate a row at once.
+    looks_back: ClassVar[bool] = True
 
     @property
     def teachers(self) -> tuple[int, ...]:

@@ -85,6 +85,7 @@ def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcom
 class ForwardKL(Functional):
     """sum t log(t/s) = E_t[(a_t - max_t) - (a_s - max_s)] + log(S_s / S_t). Gradient: s - t."""
 
+    looks_back = False
     teacher: int = 1
 
     @property
@@ -171,6 +172,7 @@ class Divergence(Functional):
     jsd and the skewed ones mix with ``alpha`` (arXiv 2306.13649, arXiv 2402.03898); tvd ignores it.
     """
 
+    looks_back = False
     kind: str = "jsd"
     alpha: float = 0.5
     teacher: int = 1

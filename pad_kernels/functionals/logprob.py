@@ -25,6 +25,7 @@ class LogProb(Functional):
     Gradient: +1 at the id, -s everywhere.
     """
 
+    looks_back = False
     ids: str = "labels"
 
     @property

@@ -15,6 +15,8 @@ from pad_kernels.functionals.statistics import Normalizer, RowStats, Statistic, 
 class LogSumExp(Functional):
     """log sum exp(a). Gradient: s."""
 
+    looks_back = False
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return (Normalizer(0),)

@@ -1,4 +1,4 @@
-"""The second sweep and the gradient in one pass, which overwrites the teacher's logits."""
+"""Statistics, second sweep and gradient in one walk, which overwrites the teacher's logits."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 KINDS = {"jsd": 0.3, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.2, "tvd": 0.5}
 # one entry; less than a vector; odd; more than a tile; several segments of a row
 WIDTHS = [1, 7, 507, 2051, 16500]
-# Two threads work on groups of 16 rows from 64 rows on; the last group is not full.
+# Two threads walk over groups of 16 rows from 64 rows on; the last group is not full.
 ROWS = 70
 
 
@@ -55,14 +55,14 @@ class Case:
         self.label = torch.randint(cols, (rows, 1))
         self.sparse = torch.randn(rows, 1, dtype=number)
 
-    def close(self, threads: int = 2, tile: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def walk(self, threads: int = 2, tile: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Values, the gradient, and the largest magnitudes of column tiles."""
         streams = [
             Stream(s.logits.clone(), s.bias, s.scale, s.softcap, s.temperature)
             for s in self.streams
         ]
         rows, cols = streams[0].logits.shape
-        state = State(streams, threads=threads).add()
+        state = State(streams)
         value, slope = torch.zeros(2, rows, dtype=torch.float64)
         out = torch.full_like(streams[0].logits, NAN)
         peaks = torch.full((-(-cols // tile) if tile else 0,), NAN)
@@ -71,12 +71,18 @@ class Case:
         terms.sparse, terms.sparse_values = (self.label.data_ptr(), 1), self.sparse.data_ptr()
         terms.divergence = (self.kind, self.alpha, 1)
         terms.divergence_weight, terms.divergence_slope = self.weight.data_ptr(), slope.data_ptr()
-        terms.closing_value = value.data_ptr()
-        C.row_gradient(
-            *(state.dtype, [s.packed() for s in streams], rows, cols, 0),
-            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
-            *(out.data_ptr(), out.stride(0), terms, tile, peaks.data_ptr() if tile else 0, threads),
+        C.row_walk(
+            *(state.dtype, [s.packed() for s in streams], rows, cols),
+            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums], []),
+            *(value.data_ptr(), out.data_ptr(), out.stride(0), terms),
+            *(tile, peaks.data_ptr() if tile else 0, threads),
         )
+        alone = State(self.streams)
+        C.row_statistics(
+            *(state.dtype, [s.packed() for s in self.streams], rows, cols, 0),
+            *([m.data_ptr() for m in alone.maxima], [s.data_ptr() for s in alone.sums]),
+        )
+        assert state.maxima.equal(alone.maxima) and state.sums.equal(alone.sums)
         self.overwritten = not streams[1].logits.equal(self.streams[1].logits)
         return value, out, peaks
 
@@ -101,7 +107,7 @@ class Case:
 def test_values_and_gradient(dtype: torch.dtype, kind: str, cols: int) -> None:
     torch.manual_seed(cols)
     case = Case(kind, ROWS, cols, dtype, "plain")
-    value, out, _ = case.close()
+    value, out, _ = case.walk()
     assert case.overwritten
     exact, exact_gradient = case.dense(torch.float64)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -112,10 +118,10 @@ def test_values_and_gradient(dtype: torch.dtype, kind: str, cols: int) -> None:
 
 @pytest.mark.parametrize("head", ["bias", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_heads_make_two_passes(dtype: torch.dtype, head: str) -> None:
+def test_other_heads_keep_no_slopes(dtype: torch.dtype, head: str) -> None:
     torch.manual_seed(1)
     case = Case("jsd", ROWS, 507, dtype, head)
-    value, out, _ = case.close()
+    value, out, _ = case.walk()
     assert not case.overwritten
     exact, exact_gradient = case.dense(torch.float64)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -124,11 +130,23 @@ def test_other_heads_make_two_passes(dtype: torch.dtype, head: str) -> None:
     assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 63])
+def test_few_rows_make_one_pass_after_the_other(rows: int) -> None:
+    torch.manual_seed(rows)
+    case = Case("jsd", rows, 507, torch.float32, "plain")
+    value, out, _ = case.walk()
+    assert not case.overwritten
+    exact, exact_gradient = case.dense(torch.float64)
+    dense, dense_gradient = case.dense(torch.float32)
+    assert_as_good(value, exact, dense, 2)
+    assert_as_good(out, exact_gradient, dense_gradient, 3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     case = Case("jsd", ROWS, 2051, dtype, "plain")
-    one, two = case.close(threads=1), case.close(threads=2)
+    one, two = case.walk(threads=1), case.walk(threads=2)
     assert one[0].equal(two[0]) and one[1].equal(two[1])
 
 
@@ -141,7 +159,7 @@ def test_entries_without_mass(dtype: torch.dtype) -> None:
         case.streams[stream].logits[:, gone] = -INF
     case.c0.zero_()
     case.sparse.zero_()
-    value, out, _ = case.close()
+    value, out, _ = case.walk()
     exact, exact_gradient = case.dense(torch.float64)
     torch.testing.assert_close(value, exact, rtol=1e-5, atol=1e-6)
     assert (out[:, [neither, student]] == 0).all()
@@ -153,5 +171,5 @@ def test_entries_without_mass(dtype: torch.dtype) -> None:
 def test_tile_magnitudes(tile: int) -> None:
     torch.manual_seed(4)
     case = Case("jsd", ROWS, 5000, torch.bfloat16, "plain")
-    _, out, peaks = case.close(tile=tile)
+    _, out, peaks = case.walk(tile=tile)
     assert peaks.tolist() == [part.abs().max().item() for part in out.split(tile, dim=1)]
