@@ -1,0 +1,127 @@
+"""Who a student learns from: models beside it, and their outputs on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import pad_kernels as pk
+from pad_kernels._checks import fail_type, fail_value
+from pad_kernels.integrations.transformers.collate import flat_hidden, model_inputs
+from pad_kernels.integrations.transformers.head import head_of
+from pad_kernels.integrations.transformers.hidden import hidden_states
+
+
+class Teacher(Protocol):
+    """Says what it knows about a batch's responses."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, without padding."""
+
+    def attach(self, name: str, tokenizer: Any, device: torch.device) -> None:
+        """Refuse another tokenizer, and move to the device."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """A head or an offline teacher over the batch's N tokens."""
+
+
+def check_same_tokenizer(name: str, teacher: Any, student: Any) -> None:
+    """Raise a ValueError unless both tokenizers give every token the same id."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    if theirs == ours:
+        return
+    token = min(
+        (each for each in theirs.keys() | ours.keys() if theirs.get(each) != ours.get(each)),
+        key=lambda each: (ours.get(each, len(ours)), each),
+    )
+    fail_value(
+        name,
+        "a teacher with the student's tokenizer, since their distributions are compared entry by "
+        f"entry of the vocabulary: {token!r} has id {ours.get(token)} in the student's",
+        f"id {theirs.get(token)}",
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients or dropout; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+class ModelTeacher:
+    """A causal language model that runs beside the student, never trained.
+
+    Args:
+        model: on any device; it is moved to the student's.
+        processing_class: its tokenizer, which must be the student's.
+        head_on_cpu: leave the LM head's weight on the CPU, from where its pieces are sent while
+            they are needed. The model must not tie it to its embedding.
+    """
+
+    def __init__(self, model: Any, processing_class: Any, *, head_on_cpu: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            fail_type("model", "a causal language model", model)
+        self.model = model.eval().requires_grad_(False)
+        self.processing_class = processing_class
+        self._head_on_cpu = head_on_cpu
+        if head_on_cpu and head_of(model).tied:
+            fail_value("head_on_cpu", "False for a head that is the embedding too", True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of its vocabulary."""
+        return effective_size(head_of(self.model))
+
+    def attach(self, name: str, tokenizer: Any, device: torch.device) -> None:
+        """Refuse another tokenizer, and move to the device."""
+        check_same_tokenizer(name, self.processing_class, tokenizer)
+        home = head_of(self.model)
+        kept = [each for each in (home.weight, home.bias) if each is not None]
+        values = [each.data.cpu() for each in kept] if self._head_on_cpu else []
+        self.model.to(device)
+        for parameter, value in zip(kept, values, strict=False):
+            parameter.data = value.pin_memory() if device.type == "cuda" else value
+
+    def __call__(self, batch: Mapping[str, Any]) -> pk.Head:
+        """The model's head over the batch's N tokens."""
+        with torch.no_grad():
+            hidden = hidden_states(self.model, **model_inputs(batch))
+            return head_of(self.model).head(flat_hidden(hidden, batch))
+
+
+def effective_size(head: Any) -> int:
+    """Entries of a head's vocabulary, without padding."""
+    return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
+
+
+def head_logprob(head: pk.Head, labels: Tensor) -> Tensor:
+    """Log-prob [N] of each label under a head."""
+    return pk.linear_logprob(
+        head.hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        temperature=head.temperature,
+        vocab_size=head.vocab_size,
+    )
+
+
+def limited(output: Any, vocab_size: int | None) -> Any:
+    """A head that stops at the vocabulary both models have; other outputs as they are."""
+    if vocab_size is None or not isinstance(output, pk.Head):
+        return output
+    return replace(output, vocab_size=vocab_size)
