@@ -116,28 +116,3 @@ def logprobs(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     """Log-prob [T] of each token of a response."""
     table = F.log_softmax(logits(model, prompt, response), -1)
     return table[torch.arange(len(response)), torch.tensor(response)]
-
-
-def dense_training(
-    model: Any,
-    rows: list[dict[str, Any]],
-    loss_of: Callable[[list[dict[str, Any]]], Tensor],
-    *,
-    steps: int,
-    batch: int,
-    optimizer: torch.optim.Optimizer,
-) -> list[float]:
-    """Losses of a plain loop over the rows in order, again and again."""
-    losses = []
-    position = 0
-    for _ in range(steps):
-        if position >= len(rows):
-            position = 0
-        part = rows[position : position + batch]
-        position += batch
-        loss = loss_of(part)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses

@@ -288,6 +288,8 @@ def encode(
         fail_value(where, f"a row of at most {limit} tokens", "none")
     encoded = encoded.remove_columns("kept")
     if format.unrelated:
+        if len(encoded) < 2:
+            fail_value(where, "at least two rows, whose prompts and responses KTO mixes", 1)
         encoded = encoded.map(_Unrelated(encoded, limit), with_indices=True)
     counts = [len(each) for each in encoded["response_ids"]]
     return encoded.add_column("first_cache_row", [0, *accumulate(counts)][:-1])

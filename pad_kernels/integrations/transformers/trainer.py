@@ -21,11 +21,12 @@ from pad_kernels.integrations.transformers.collate import (
 from pad_kernels.integrations.transformers.config import DistillationConfig
 from pad_kernels.integrations.transformers.data import Format, encode
 from pad_kernels.integrations.transformers.head import ModelHead, head_of
-from pad_kernels.integrations.transformers.hidden import run_with_head
+from pad_kernels.integrations.transformers.hidden import hidden_states, run_with_head
 from pad_kernels.integrations.transformers.metrics import Meter, peak_memory_mib
 from pad_kernels.integrations.transformers.teachers import (
     Teacher,
     effective_size,
+    evaluating,
     head_logprob,
     limited,
 )
@@ -113,6 +114,7 @@ class DistillationTrainer(Trainer):
         self.tokenizer = processing_class
         self._limit = args.max_length or _context(model)
         self._meter = Meter()
+        self._kept_apart = False
         self.teachers = {name: each for name, each in teachers.items() if each is not None}
         format = self.format()
         collator = Collator(
@@ -261,6 +263,9 @@ class DistillationTrainer(Trainer):
         self, model: Any, batch: Mapping[str, Any], scales: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """Pairs [2] of terms and metrics by name and, with scales, the loss."""
+        if self.method.padding_free and not self._kept_apart:
+            check_kept_apart(model, batch["input_ids"], self._precision())
+            self._kept_apart = True
         given = self.taught(batch)
 
         def compute(hidden: Tensor, head: ModelHead) -> dict[str, Tensor]:
@@ -278,6 +283,12 @@ class DistillationTrainer(Trainer):
             return outputs
 
         return run_with_head(model, compute, **model_inputs(batch))
+
+    def _precision(self) -> torch.dtype | None:
+        """What the model's products are rounded to under autocast."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else None
 
     # Evaluation and logs.
 
@@ -312,6 +323,29 @@ class DistillationTrainer(Trainer):
             logs.update(self._meter.read(self.accelerator.gather))
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
         super().log(logs, start_time)
+
+
+def check_kept_apart(model: Any, ids: Tensor, precision: torch.dtype | None) -> None:
+    """Raise a ValueError unless a model keeps packed sequences apart by their position ids.
+
+    Two short sequences end to end must have the hidden states that each has alone.
+
+    Args:
+        model: the model, also wrapped.
+        ids: int64 [1, at least 2], tokens to try.
+        precision: of its products, where that is not the hidden states' dtype.
+    """
+    size = min(8, ids.shape[1] // 2)
+    tokens = ids[:, : 2 * size]
+    places = torch.arange(size, device=ids.device).unsqueeze(0)
+    with evaluating(model):
+        packed = hidden_states(model, input_ids=tokens, position_ids=places.repeat(1, 2))
+        alone = hidden_states(model, input_ids=tokens[:, size:], position_ids=places)
+    together = packed[:, size:].double()
+    off = float((together - alone.double()).norm() / alone.double().norm())
+    if off > torch.finfo(precision or alone.dtype).eps ** 0.5:
+        expected = "False: this model does not keep packed sequences apart by their position ids"
+        fail_value("padding_free", expected, f"True (hidden states are off by {off:.2g})")
 
 
 def _context(model: Any) -> int | None:
