@@ -7,7 +7,6 @@ a time, without padding, takes its logits to float32 and writes each published f
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -10,6 +10,7 @@ from pad_kernels.integrations.transformers.config import (
 )
 from pad_kernels.integrations.transformers.head import ModelHead, head_of
 from pad_kernels.integrations.transformers.hidden import hidden_states, run_with_head
+from pad_kernels.integrations.transformers.offline import CachedTeacher, cache_teacher
 from pad_kernels.integrations.transformers.pad import PADTrainer
 from pad_kernels.integrations.transformers.preference import PreferenceTrainer
 from pad_kernels.integrations.transformers.teachers import ModelTeacher
@@ -19,6 +20,7 @@ from pad_kernels.integrations.transformers.trainer import DistillationTrainer
 __all__ = [
     "ADPAConfig",
     "ADPATrainer",
+    "CachedTeacher",
     "DCKDConfig",
     "DCKDTrainer",
     "DistillationConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "PADTrainer",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "cache_teacher",
     "head_of",
     "hidden_states",
     "run_with_head",

@@ -21,7 +21,7 @@ class Example(NamedTuple):
     prompt: Sequence[int]
     response: Sequence[int]
     role: int  # 0: a row's first response column, 1: any other
-    cache_row: int  # its place among all responses of the data set
+    cache_row: int  # its place among all responses of the data set that a teacher is asked about
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,12 +98,13 @@ class Collator:
     - ``rewards`` [rows, n] and other numbers [rows], float32, and ``label`` bool [rows];
     - ``taught``: the same layout of those responses alone that a teacher is asked about, where
       that is not all of them;
+    - ``data_key``: the data set, for teachers on disk;
     - ``unrelated``: of responses behind prompts that are not theirs, for KTO.
     """
 
     pad_id: int
     padding_free: bool = False
-    taught: str = "all"  # or "second"
+    taught_from: int = 0  # a teacher is asked about a row's responses from this one on
     grouped: bool = False  # all responses of a row are of one kind, "first"
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,30 +122,32 @@ class Collator:
         batch["second"] = torch.tensor(second)
         counts = [len(rows), len(second) - sum(second), sum(second)]
         batch["counts"] = torch.tensor(counts, dtype=torch.float64)
-        if self.taught == "second":
-            others = [each for each in examples if each.role == 1]
-            batch["taught"] = lay_out(others, self.pad_id, padding_free=self.padding_free)
+        if self.taught_from:
+            taught = [each for group in by_row for each in group[self.taught_from :]]
+            batch["taught"] = lay_out(taught, self.pad_id, padding_free=self.padding_free)
         if "unrelated_ids" in rows[0]:
             pairs = [Example(row["prompt_ids"], row["unrelated_ids"], 0, 0) for row in rows]
             batch["unrelated"] = lay_out(pairs, self.pad_id, padding_free=self.padding_free)
             lengths = [len(each.response) for each in pairs]
             batch["unrelated"]["offsets"] = torch.tensor([0, *accumulate(lengths)])
+        if "data_key" in rows[0]:
+            batch["data_key"] = rows[0]["data_key"]
+            if "taught" in batch:
+                batch["taught"]["data_key"] = batch["data_key"]
         return {**batch, **_numbers(rows, n)}
 
     def _examples(self, row: Mapping[str, Any]) -> list[Example]:
         role = 0 if self.grouped else 1
-        taught_before = 1 if self.taught == "second" else 0
+        first = row["first_cache_row"] - self.taught_from
         return [
-            Example(
-                row["prompt_ids"], ids, role if i else 0, row["first_cache_row"] + i - taught_before
-            )
+            Example(row["prompt_ids"], ids, role if i else 0, first + i)
             for i, ids in enumerate(row["response_ids"])
         ]
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, Tensor]:
     """The other columns of encoded rows, lists filled up with zeros."""
-    known = {"prompt_ids", "response_ids", "unrelated_ids", "first_cache_row"}
+    known = {"prompt_ids", "response_ids", "unrelated_ids", "first_cache_row", "data_key"}
     found = {}
     for name in rows[0].keys() - known:
         values = [row[name] for row in rows]

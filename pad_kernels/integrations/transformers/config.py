@@ -34,6 +34,7 @@ class DistillationConfig(TrainingArguments):
     overlong: str = "error"
     padding_free: bool = False
     dataset_num_proc: int | None = None
+    liger_kernel_config: dict[str, bool] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +47,16 @@ class DistillationConfig(TrainingArguments):
         if self.label_smoothing_factor:
             expected = "0: the losses here do not read it"
             fail_value("label_smoothing_factor", expected, self.label_smoothing_factor)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _without_losses(self.liger_kernel_config or {})
+
+
+def _without_losses(config: dict[str, bool]) -> dict[str, bool]:
+    """Liger's layers without its losses, which would take the model's forward over."""
+    for name in ("cross_entropy", "fused_linear_cross_entropy"):
+        if config.get(name):
+            fail_value(f"liger_kernel_config[{name!r}]", "False: the loss is this library's", True)
+    return {**config, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 @dataclass

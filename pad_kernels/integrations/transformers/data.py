@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ class Format:
         scores: a column with one number for each of these, or None.
         numbers: columns with one number a row.
         flag: a column with a bool, or None.
+        taught_from: a teacher is asked about a row's responses from this one on.
         unrelated: add the previous row's response, which is not this prompt's (for KTO).
         instead: another name for a column, used where the first is missing.
         advice: what to do about a column that is missing, by name.
@@ -37,6 +39,7 @@ class Format:
     scores: str | None = None
     numbers: tuple[str, ...] = ()
     flag: str | None = None
+    taught_from: int = 0
     unrelated: bool = False
     instead: Mapping[str, str] = field(default_factory=dict)
     advice: Mapping[str, str] = field(default_factory=dict)
@@ -251,7 +254,7 @@ def encode(
 
     Returns:
         A data set with the columns that :class:`Encoder` makes and ``first_cache_row``, how many
-        responses there are in the rows before.
+        responses a teacher is asked about in the rows before.
 
     Raises:
         TypeError: not a data set with a length.
@@ -291,8 +294,26 @@ def encode(
         if len(encoded) < 2:
             fail_value(where, "at least two rows, whose prompts and responses KTO mixes", 1)
         encoded = encoded.map(_Unrelated(encoded, limit), with_indices=True)
-    counts = [len(each) for each in encoded["response_ids"]]
+    counts = [len(each) - format.taught_from for each in encoded["response_ids"]]
     return encoded.add_column("first_cache_row", [0, *accumulate(counts)][:-1])
+
+
+def fingerprint(encoded: datasets.Dataset) -> str:
+    """SHA-256 of the tokens of an encoded data set, in their order."""
+    digest = hashlib.sha256()
+    for name in ("prompt_ids", "response_ids"):
+        for chunk in encoded.with_format("arrow").iter(1000):
+            column = chunk[name].combine_chunks()
+            while hasattr(column, "flatten") and hasattr(column, "value_lengths"):
+                digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                column = column.flatten()
+            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def context(model: Any) -> int | None:
+    """Longest sequence of a model, if it has one."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)

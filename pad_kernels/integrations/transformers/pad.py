@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ from pad_kernels.integrations.transformers.trainer import (
     Term,
     by_response,
 )
+
+
+def pad_format(*, scored: bool) -> Format:
+    """Prompts with at least two responses, and their rewards if a teacher has scored them."""
+    advice = {"rewards": "the teacher's rewards; or give the trainer a teacher"}
+    scores = "rewards" if scored else None
+    return Format(many="responses", at_least=2, scores=scores, advice=advice)
 
 
 class PADTrainer(DistillationTrainer):
@@ -43,6 +50,8 @@ class PADTrainer(DistillationTrainer):
         peft_config, callbacks, optimizers: as usual.
     """
 
+    accepts: ClassVar = {"teacher": ("head",)}
+
     def __init__(
         self, model: Any, args: PADConfig, *, teacher: Teacher | None = None, **options: Any
     ) -> None:
@@ -59,9 +68,7 @@ class PADTrainer(DistillationTrainer):
 
     def format(self) -> Format:
         """Prompts with n responses, and rewards if there is no teacher."""
-        advice = {"rewards": "the teacher's rewards; or give the trainer a teacher"}
-        scores = None if self.teachers else "rewards"
-        return Format(many="responses", at_least=2, scores=scores, advice=advice)
+        return pad_format(scored=not self.teachers)
 
     def terms(self) -> dict[str, Term]:
         """A mean over prompts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class PreferenceTrainer(DistillationTrainer):
         reference: a :class:`ModelTeacher`, or None.
         processing_class, train_dataset, eval_dataset, peft_config, callbacks, optimizers: as usual.
     """
+
+    accepts: ClassVar = {"reference": ("head",)}
 
     def __init__(
         self,

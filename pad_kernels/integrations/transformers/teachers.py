@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 import pad_kernels as pk
 from pad_kernels._checks import fail_type, fail_value
 from pad_kernels.integrations.transformers.collate import flat_hidden, model_inputs
-from pad_kernels.integrations.transformers.head import head_of
+from pad_kernels.integrations.transformers.head import ModelHead, head_of
 from pad_kernels.integrations.transformers.hidden import hidden_states
 
 
 class Teacher(Protocol):
     """Says what it knows about a batch's responses."""
+
+    @property
+    def kind(self) -> str:
+        """What it returns: "head", a whole distribution, or offline "teacher" or "advantage"."""
 
     @property
     def vocab_size(self) -> int:
@@ -29,6 +33,14 @@ class Teacher(Protocol):
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
         """A head or an offline teacher over the batch's N tokens."""
+
+
+@runtime_checkable
+class OfflineTeacher(Protocol):
+    """One whose outputs are of certain data sets."""
+
+    def check_data(self, where: str, key: str) -> None:
+        """Refuse a data set with another fingerprint."""
 
 
 def check_same_tokenizer(name: str, teacher: Any, student: Any) -> None:
@@ -70,24 +82,30 @@ class ModelTeacher:
             they are needed. The model must not tie it to its embedding.
     """
 
+    kind = "head"
+
     def __init__(self, model: Any, processing_class: Any, *, head_on_cpu: bool = False) -> None:
         if not isinstance(model, nn.Module):
             fail_type("model", "a causal language model", model)
         self.model = model.eval().requires_grad_(False)
         self.processing_class = processing_class
         self._head_on_cpu = head_on_cpu
-        if head_on_cpu and head_of(model).tied:
+        if head_on_cpu and self.head().tied:
             fail_value("head_on_cpu", "False for a head that is the embedding too", True)
+
+    def head(self) -> ModelHead:
+        """Its head."""
+        return head_of(self.model)
 
     @property
     def vocab_size(self) -> int:
         """Entries of its vocabulary."""
-        return effective_size(head_of(self.model))
+        return effective_size(self.head())
 
     def attach(self, name: str, tokenizer: Any, device: torch.device) -> None:
         """Refuse another tokenizer, and move to the device."""
         check_same_tokenizer(name, self.processing_class, tokenizer)
-        home = head_of(self.model)
+        home = self.head()
         kept = [each for each in (home.weight, home.bias) if each is not None]
         values = [each.data.cpu() for each in kept] if self._head_on_cpu else []
         self.model.to(device)
@@ -98,10 +116,10 @@ class ModelTeacher:
         """The model's head over the batch's N tokens."""
         with torch.no_grad():
             hidden = hidden_states(self.model, **model_inputs(batch))
-            return head_of(self.model).head(flat_hidden(hidden, batch))
+            return self.head().head(flat_hidden(hidden, batch))
 
 
-def effective_size(head: Any) -> int:
+def effective_size(head: ModelHead) -> int:
     """Entries of a head's vocabulary, without padding."""
     return head.weight.shape[0] if head.vocab_size is None else head.vocab_size
 

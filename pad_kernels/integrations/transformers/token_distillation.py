@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels._checks import fail_type
+from pad_kernels._checks import fail_type, fail_value
 from pad_kernels.integrations.transformers.config import ADPAConfig, DCKDConfig
 from pad_kernels.integrations.transformers.data import Format
 from pad_kernels.integrations.transformers.teachers import Teacher
@@ -19,6 +19,20 @@ from pad_kernels.integrations.transformers.trainer import (
     Student,
     Term,
 )
+
+
+def dckd_format(args: DCKDConfig) -> Format:
+    """Chosen and rejected responses; of plain distillation one."""
+    advice = {"rejected": "use_rejected=False distils on the chosen responses alone"}
+    if not args.use_rejected:
+        return Format(("completion",), instead={"completion": "chosen"})
+    return Format(("chosen", "rejected"), advice=advice)
+
+
+def adpa_format() -> Format:
+    """A chosen response, and the student's own ones, about which teachers are asked."""
+    advice = {"responses": "what the student itself answers, a list for each prompt"}
+    return Format(("chosen",), many="responses", taught_from=1, advice=advice)
 
 
 class DCKDTrainer(DistillationTrainer):
@@ -35,9 +49,11 @@ class DCKDTrainer(DistillationTrainer):
     Args:
         model: the student.
         args: a :class:`DCKDConfig`.
-        teacher: a :class:`ModelTeacher`, or an offline one.
+        teacher: a :class:`ModelTeacher` or a :class:`CachedTeacher`.
         processing_class, train_dataset, eval_dataset, peft_config, callbacks, optimizers: as usual.
     """
+
+    accepts: ClassVar = {"teacher": ("head", "teacher")}
 
     def __init__(self, model: Any, args: DCKDConfig, *, teacher: Teacher, **options: Any) -> None:
         if not isinstance(args, DCKDConfig):
@@ -47,10 +63,7 @@ class DCKDTrainer(DistillationTrainer):
 
     def format(self) -> Format:
         """Chosen and, unless it is plain distillation, rejected responses."""
-        advice = {"rejected": "use_rejected=False distils on the chosen responses alone"}
-        if not self.method.use_rejected:
-            return Format(("completion",), instead={"completion": "chosen"})
-        return Format(("chosen", "rejected"), advice=advice)
+        return dckd_format(self.method)
 
     def terms(self) -> dict[str, Term]:
         """Two or three means over tokens."""
@@ -106,13 +119,13 @@ class ADPATrainer(DistillationTrainer):
     Args:
         model: the student.
         args: an :class:`ADPAConfig`.
-        aligned: the teacher after preference alignment, a :class:`ModelTeacher`; or an offline
-            teacher of log-ratios.
+        aligned: the teacher after preference alignment, a :class:`ModelTeacher`; or the log-ratios
+            of both, a :class:`CachedTeacher`.
         reference: the teacher before it; None with offline log-ratios.
         processing_class, train_dataset, eval_dataset, peft_config, callbacks, optimizers: as usual.
     """
 
-    teaches_second = True
+    accepts: ClassVar = {"aligned": ("head", "advantage"), "reference": ("head",)}
 
     def __init__(
         self,
@@ -126,13 +139,15 @@ class ADPATrainer(DistillationTrainer):
         if not isinstance(args, ADPAConfig):
             fail_type("args", "an ADPAConfig", args)
         self.method: ADPAConfig = args
+        if (reference is None) != (getattr(aligned, "kind", "head") == "advantage"):
+            expected = "None with a cache of log-ratios, else the teacher before alignment"
+            fail_value("reference", expected, "none" if reference is None else "one")
         teachers = {"aligned": aligned, "reference": reference}
         super().__init__(model, args, teachers=teachers, **options)
 
     def format(self) -> Format:
         """A chosen response, and the student's own ones."""
-        advice = {"responses": "what the student itself answers, a list for each prompt"}
-        return Format(("chosen",), many="responses", advice=advice)
+        return adpa_format()
 
     def terms(self) -> dict[str, Term]:
         """Two means over tokens."""

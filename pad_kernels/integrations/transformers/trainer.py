@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,17 +19,24 @@ from pad_kernels.integrations.transformers.collate import (
     model_inputs,
 )
 from pad_kernels.integrations.transformers.config import DistillationConfig
-from pad_kernels.integrations.transformers.data import Format, encode
+from pad_kernels.integrations.transformers.data import Format, context, encode, fingerprint
 from pad_kernels.integrations.transformers.head import ModelHead, head_of
 from pad_kernels.integrations.transformers.hidden import hidden_states, run_with_head
 from pad_kernels.integrations.transformers.metrics import Meter, peak_memory_mib
 from pad_kernels.integrations.transformers.teachers import (
+    OfflineTeacher,
     Teacher,
     effective_size,
     evaluating,
     head_logprob,
     limited,
 )
+
+_KNOWS = {
+    "head": "whole distributions (a ModelTeacher, or a cache of hidden states)",
+    "teacher": "the likeliest tokens and their log-probs",
+    "advantage": "log-ratios of two teachers",
+}
 
 
 @dataclass(frozen=True)
@@ -112,15 +119,21 @@ class DistillationTrainer(Trainer):
             fail_type("processing_class", "the student's tokenizer", processing_class)
         self.method = args
         self.tokenizer = processing_class
-        self._limit = args.max_length or _context(model)
+        self._limit = args.max_length or context(model)
         self._meter = Meter()
         self._kept_apart = False
         self.teachers = {name: each for name, each in teachers.items() if each is not None}
+        for name, teacher in self.teachers.items():
+            if not hasattr(teacher, "attach"):
+                fail_type(name, "a ModelTeacher(model, tokenizer) or a CachedTeacher", teacher)
+            if teacher.kind not in self.accepts[name]:
+                expected = f"a teacher that knows {_KNOWS[self.accepts[name][-1]]}"
+                fail_value(name, expected, f"a cache of {_KNOWS[teacher.kind]}")
         format = self.format()
         collator = Collator(
             _pad_id(processing_class),
             args.padding_free,
-            taught="second" if self.teaches_second else "all",
+            taught_from=format.taught_from,
             grouped=not format.responses,
         )
         with args.main_process_first(desc="tokenising"):
@@ -146,7 +159,7 @@ class DistillationTrainer(Trainer):
 
     # What a method says about itself.
 
-    teaches_second = False  # teachers are asked about all responses but a row's first
+    accepts: ClassVar[Mapping[str, tuple[str, ...]]]  # kinds of each teacher, see Teacher.kind
 
     def terms(self) -> dict[str, Term]:
         """The parts of the loss."""
@@ -182,7 +195,7 @@ class DistillationTrainer(Trainer):
             return {
                 name: self._encoded(f"{where}[{name!r}]", each) for name, each in dataset.items()
             }
-        return encode(
+        rows = encode(
             dataset,
             self.format(),
             self.tokenizer,
@@ -191,6 +204,13 @@ class DistillationTrainer(Trainer):
             num_proc=self.method.dataset_num_proc,
             where=where,
         )
+        offline = [each for each in self.teachers.values() if isinstance(each, OfflineTeacher)]
+        if offline and "data_key" not in rows.column_names:
+            key = fingerprint(rows)
+            for each in offline:
+                each.check_data(where, key)
+            rows = rows.add_column("data_key", [key] * len(rows))
+        return rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Also of a data set that is not tokenised yet."""
@@ -346,11 +366,6 @@ def check_kept_apart(model: Any, ids: Tensor, precision: torch.dtype | None) -> 
     if off > torch.finfo(precision or alone.dtype).eps ** 0.5:
         expected = "False: this model does not keep packed sequences apart by their position ids"
         fail_value("padding_free", expected, f"True (hidden states are off by {off:.2g})")
-
-
-def _context(model: Any) -> int | None:
-    """Longest sequence of a model, if it has one."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _pad_id(tokenizer: Any) -> int:
