@@ -101,12 +101,12 @@ def test_groups_and_their_rewards() -> None:
     assert (first["first_cache_row"], second["first_cache_row"]) == (0, 2)
 
 
-def test_overlong_rows_are_dropped_if_asked(capsys: Any) -> None:
+def test_overlong_rows_are_dropped_if_asked(caplog: Any) -> None:
     rows = [{"prompt": [5] * 3, "chosen": [6] * n, "rejected": [6]} for n in (2, 9, 7)]
     found = run(rows, limit=10, overlong="drop")
     assert [len(row["response_ids"][0]) for row in found] == [2, 7]
     assert found["first_cache_row"] == [0, 2]
-    assert "1 of 3 rows are longer than 10 tokens" in capsys.readouterr().out
+    assert "1 of 3 rows are left out, longer than 10 tokens" in caplog.text
 
 
 def test_responses_of_the_row_before() -> None:

@@ -239,6 +239,31 @@ def test_a_teacher_is_not_trained(tmp_path: Path) -> None:
     assert all(torch.equal(a, before[name]) for name, a in teacher.state_dict().items())
 
 
+def test_a_teachers_head_stays_on_the_cpu(tmp_path: Path) -> None:
+    """Its place is all that changes; "meta" stands for the device."""
+    near, far = (dckd(tmp_path / str(on), teacher=None) for on in (False, True))
+    model = llama(7, hidden=40)
+    far.teachers["teacher"] = pt.ModelTeacher(model, tokenizer(), head_on_cpu=True)
+    far.teachers["teacher"].attach("teacher", tokenizer(), torch.device("cpu"))
+    near.train()
+    far.train()
+    assert logged(far, "loss") == logged(near, "loss")
+    far.teachers["teacher"].attach("teacher", tokenizer(), torch.device("meta"))
+    assert model.lm_head.weight.device.type == "cpu"
+    assert model.model.embed_tokens.weight.device.type == "meta"
+    with pytest.raises(ValueError, match="head_on_cpu: expected False for a head that is the emb"):
+        pt.ModelTeacher(llama(tied=True), tokenizer(), head_on_cpu=True)
+
+
+def test_a_teacher_in_half_precision(tmp_path: Path) -> None:
+    """Beside a student in float32 under autocast."""
+    wide = dckd(tmp_path / "wide", teacher=llama(7, hidden=40), bf16=True)
+    half = dckd(tmp_path / "half", teacher=llama(7, hidden=40).bfloat16(), bf16=True)
+    wide.train()
+    half.train()
+    assert logged(half, "loss") == pytest.approx(logged(wide, "loss"), rel=0.02)
+
+
 def test_padded_heads_share_the_tokenizers_vocabulary(tmp_path: Path) -> None:
     """Entries that one of the models lacks have no part in the loss."""
     student, teacher, rows = llama(vocab=VOCAB), llama(7, hidden=40, vocab=VOCAB + 20), pairs(4)
@@ -377,6 +402,7 @@ def test_a_model_that_mixes_packed_sequences_is_refused(tmp_path: Path) -> None:
     [
         (pt.DCKDConfig, {"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0"),
         (pt.DCKDConfig, {"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        (pt.PADConfig, {"average_tokens_across_devices": False}, "across_devices: expected True"),
         (pt.DCKDConfig, {"overlong": "cut"}, "overlong: expected one of error, drop"),
         (pt.DCKDConfig, {"alpha": -1.0}, "alpha: expected a number >= 0"),
         (pt.ADPAConfig, {"beta": 0.0}, "beta: expected a number > 0"),
@@ -419,6 +445,19 @@ def test_references_where_there_are_none(tmp_path: Path) -> None:
             processing_class=tokenizer(),
             train_dataset=pairs(2),
         )
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pt.DCKDConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="one GPU a process: start with torchrun"):
+        dckd(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_split_sequences_and_heads_are_refused(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pt.DCKDTrainer, f"get_{kind}_size", lambda self: 2)
+    with pytest.raises(ValueError, match="args: expected data parallelism alone"):
+        dckd(tmp_path)
 
 
 def test_the_wrong_config_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ class DistillationConfig(TrainingArguments):
 
     ``per_device_train_batch_size`` counts rows of the data set (prompts), each with all its
     responses. Every loss is a mean over the whole effective batch: over the micro-batches of a step
-    and, unless ``average_tokens_across_devices`` is off, over all ranks.
+    and over all ranks.
 
     Args:
         max_length: tokens of a prompt and one of its responses together; default: the model's
@@ -27,6 +27,8 @@ class DistillationConfig(TrainingArguments):
         padding_free: lay the sequences of a batch end to end instead of padding them. The model
             must keep them apart by their position ids; the first batch checks that it does.
         dataset_num_proc: processes that tokenise.
+        liger_kernel_config: with ``use_liger_kernel``, which of Liger's layers to use; its losses
+            stay off.
     """
 
     remove_unused_columns: bool = False  # the collator takes what it needs
@@ -37,6 +39,9 @@ class DistillationConfig(TrainingArguments):
     liger_kernel_config: dict[str, bool] | None = None
 
     def __post_init__(self) -> None:
+        if not self.average_tokens_across_devices:
+            expected = "True: denominators are counted over all ranks"
+            fail_value("average_tokens_across_devices", expected, False)
         super().__post_init__()
         if self.max_length is not None:
             check_integer("max_length", self.max_length, at_least=2)

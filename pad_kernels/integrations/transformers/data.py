@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import datasets
 
 from pad_kernels._checks import fail_type, fail_value
 
+logger = logging.getLogger(__name__)
 _ENCODED = {"prompt_ids", "response_ids", "first_cache_row"}
 
 
@@ -286,7 +288,13 @@ def encode(
     if not all(encoded["kept"]):
         total = len(encoded)
         encoded = encoded.filter(lambda kept: kept, input_columns="kept")
-        print(f"{where}: {total - len(encoded)} of {total} rows are longer than {limit} tokens")
+        logger.warning(
+            "%s: %d of %d rows are left out, longer than %d tokens",
+            where,
+            total - len(encoded),
+            total,
+            limit,
+        )
     if not len(encoded):
         fail_value(where, f"a row of at most {limit} tokens", "none")
     encoded = encoded.remove_columns("kept")

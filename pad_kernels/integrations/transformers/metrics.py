@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class Meter:
@@ -68,9 +72,12 @@ def kendall_tau(a: Tensor, b: Tensor, valid: Tensor) -> Tensor:
     return agreement / pairs.sum((1, 2)).clamp(min=1)
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory so far: allocated on a GPU, or resident in this process."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_mib``, the most so far: allocated on a GPU, or resident in this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return {"peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    if resource is None:
+        return {}
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_mib": peak * unit / 2**20}

@@ -14,13 +14,8 @@ from pad_kernels.integrations.transformers.config import PADConfig
 from pad_kernels.integrations.transformers.data import Format
 from pad_kernels.integrations.transformers.metrics import kendall_tau, pair
 from pad_kernels.integrations.transformers.teachers import Teacher, head_logprob
-from pad_kernels.integrations.transformers.trainer import (
-    DistillationTrainer,
-    Result,
-    Student,
-    Term,
-    by_response,
-)
+from pad_kernels.integrations.transformers.terms import Result, Student, Term, by_response
+from pad_kernels.integrations.transformers.trainer import DistillationTrainer
 
 
 def pad_format(*, scored: bool) -> Format:

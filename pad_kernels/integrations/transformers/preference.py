@@ -22,13 +22,8 @@ from pad_kernels.integrations.transformers.teachers import (
     head_logprob,
     limited,
 )
-from pad_kernels.integrations.transformers.trainer import (
-    DistillationTrainer,
-    Result,
-    Student,
-    Term,
-    by_response,
-)
+from pad_kernels.integrations.transformers.terms import Result, Student, Term, by_response
+from pad_kernels.integrations.transformers.trainer import DistillationTrainer
 from pad_kernels.sequence.pairwise import KINDS as PAIRWISE
 from pad_kernels.sequence.unpaired import KINDS as UNPAIRED
 

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 import pad_kernels as pk
 from pad_kernels._checks import fail_type, fail_value
+from pad_kernels.integrations.transformers.check import HeadCheck
 from pad_kernels.integrations.transformers.collate import flat_hidden, model_inputs
-from pad_kernels.integrations.transformers.head import ModelHead, head_of
+from pad_kernels.integrations.transformers.head import (
+    ModelHead,
+    causal_lm,
+    head_linear,
+    head_module,
+    head_of,
+)
 from pad_kernels.integrations.transformers.hidden import hidden_states
 
 
@@ -90,6 +97,7 @@ class ModelTeacher:
         self.model = model.eval().requires_grad_(False)
         self.processing_class = processing_class
         self._head_on_cpu = head_on_cpu
+        self._check: HeadCheck | None = None
         if head_on_cpu and self.head().tied:
             fail_value("head_on_cpu", "False for a head that is the embedding too", True)
 
@@ -105,18 +113,34 @@ class ModelTeacher:
     def attach(self, name: str, tokenizer: Any, device: torch.device) -> None:
         """Refuse another tokenizer, and move to the device."""
         check_same_tokenizer(name, self.processing_class, tokenizer)
-        home = self.head()
-        kept = [each for each in (home.weight, home.bias) if each is not None]
-        values = [each.data.cpu() for each in kept] if self._head_on_cpu else []
+        if not self._head_on_cpu:
+            self.model.to(device)
+            return
+        if self._check is None:  # the model can only run its own head while it is whole
+            with torch.no_grad():
+                home = next(self.model.parameters()).device
+                hidden_states(self.model, input_ids=torch.tensor([[0, 1]], device=home))
+            self._check = _NoCheck()
+        linear = head_linear(head_module(causal_lm(self.model)))
+        own = {n: each.data.cpu() for n, each in linear.named_parameters(recurse=False)}
+        for each in own:
+            setattr(linear, each, None)
         self.model.to(device)
-        for parameter, value in zip(kept, values, strict=False):
-            parameter.data = value.pin_memory() if device.type == "cuda" else value
+        for each, value in own.items():
+            value = value.pin_memory() if device.type == "cuda" else value
+            setattr(linear, each, nn.Parameter(value, requires_grad=False))
 
     def __call__(self, batch: Mapping[str, Any]) -> pk.Head:
         """The model's head over the batch's N tokens."""
         with torch.no_grad():
-            hidden = hidden_states(self.model, **model_inputs(batch))
+            hidden = hidden_states(self.model, check=self._check, **model_inputs(batch))
             return self.head().head(flat_hidden(hidden, batch))
+
+
+class _NoCheck(HeadCheck):
+    """For a model whose own head cannot run where its hidden states are."""
+
+    due = False  # type: ignore[assignment]
 
 
 def effective_size(head: ModelHead) -> int:

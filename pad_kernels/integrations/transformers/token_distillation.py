@@ -13,12 +13,8 @@ from pad_kernels._checks import fail_type, fail_value
 from pad_kernels.integrations.transformers.config import ADPAConfig, DCKDConfig
 from pad_kernels.integrations.transformers.data import Format
 from pad_kernels.integrations.transformers.teachers import Teacher
-from pad_kernels.integrations.transformers.trainer import (
-    DistillationTrainer,
-    Result,
-    Student,
-    Term,
-)
+from pad_kernels.integrations.transformers.terms import Result, Student, Term
+from pad_kernels.integrations.transformers.trainer import DistillationTrainer
 
 
 def dckd_format(args: DCKDConfig) -> Format:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,72 +20,22 @@ from pad_kernels.integrations.transformers.collate import (
 from pad_kernels.integrations.transformers.config import DistillationConfig
 from pad_kernels.integrations.transformers.data import Format, context, encode, fingerprint
 from pad_kernels.integrations.transformers.head import ModelHead, head_of
-from pad_kernels.integrations.transformers.hidden import hidden_states, run_with_head
-from pad_kernels.integrations.transformers.metrics import Meter, peak_memory_mib
+from pad_kernels.integrations.transformers.hidden import run_with_head
+from pad_kernels.integrations.transformers.metrics import Meter, peak_memory
+from pad_kernels.integrations.transformers.packing import check_kept_apart
 from pad_kernels.integrations.transformers.teachers import (
     OfflineTeacher,
     Teacher,
     effective_size,
-    evaluating,
-    head_logprob,
     limited,
 )
+from pad_kernels.integrations.transformers.terms import Result, Student, Term
 
 _KNOWS = {
     "head": "whole distributions (a ModelTeacher, or a cache of hidden states)",
     "teacher": "the likeliest tokens and their log-probs",
     "advantage": "log-ratios of two teachers",
 }
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of a loss: ``coefficient`` times a mean over what ``per`` (see COUNTS) counts."""
-
-    per: str
-    coefficient: float = 1.0
-
-
-@dataclass(frozen=True)
-class Student:
-    """The student's head over a batch's N response tokens, inside its forward."""
-
-    head: pk.Head
-    batch: Mapping[str, Any]
-
-    @property
-    def labels(self) -> Tensor:
-        """The tokens [N]."""
-        return self.batch["targets"]
-
-    def logprob(self) -> Tensor:
-        """Log-prob [N] of each token, differentiable."""
-        return head_logprob(self.head, self.labels)
-
-    def by_response(self, logprob: Tensor, normalize: str) -> Tensor:
-        """Sums ("none") or means ("length") over each response [rows, n]."""
-        return by_response(logprob, self.batch, normalize)
-
-
-def by_response(logprob: Tensor, batch: Mapping[str, Any], normalize: str) -> Tensor:
-    """Sums ("none") or means ("length") of log-probs [N] over each response, [rows, n]."""
-    rewards = pk.sequence_reward(logprob, cu_seqlens=batch["offsets"], normalize=normalize)
-    return rewards.view(batch["valid"].shape) if "valid" in batch else rewards
-
-
-@dataclass
-class Result:
-    """What a method makes of a batch.
-
-    Attributes:
-        sums: for each term of the loss, its sum [] over this batch.
-        metrics: pairs [2] of a sum and a count.
-        loss: the loss itself where the method has computed it in one piece, all denominators in.
-    """
-
-    sums: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-    loss: Tensor | None = None
 
 
 class DistillationTrainer(Trainer):
@@ -152,6 +101,8 @@ class DistillationTrainer(Trainer):
         if args.n_gpu > 1:
             expected = "one GPU a process: start with torchrun or accelerate launch"
             fail_value("args", expected, f"{args.n_gpu}")
+        if max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1:
+            fail_value("args", "data parallelism alone", "tensor, context or sequence parallelism")
         self.model_accepts_loss_kwargs = True  # the loss has its denominators: no further division
         for name, teacher in self.teachers.items():
             teacher.attach(name, processing_class, args.device)
@@ -251,8 +202,6 @@ class DistillationTrainer(Trainer):
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks."""
-        if not self.args.average_tokens_across_devices:
-            return values
         return self.accelerator.gather(values.unsqueeze(0)).sum(0)
 
     def compute_loss(
@@ -275,7 +224,7 @@ class DistillationTrainer(Trainer):
         outputs = self._run(model, inputs, scales)
         loss = outputs.pop("loss")
         self._meter.add(outputs)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, outputs) if return_outputs else loss
 
@@ -341,31 +290,8 @@ class DistillationTrainer(Trainer):
         """Add the metrics since the last log, and the peak of memory, to training's logs."""
         if "loss" in logs:
             logs.update(self._meter.read(self.accelerator.gather))
-            logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
+            logs.update(peak_memory(self.args.device))
         super().log(logs, start_time)
-
-
-def check_kept_apart(model: Any, ids: Tensor, precision: torch.dtype | None) -> None:
-    """Raise a ValueError unless a model keeps packed sequences apart by their position ids.
-
-    Two short sequences end to end must have the hidden states that each has alone.
-
-    Args:
-        model: the model, also wrapped.
-        ids: int64 [1, at least 2], tokens to try.
-        precision: of its products, where that is not the hidden states' dtype.
-    """
-    size = min(8, ids.shape[1] // 2)
-    tokens = ids[:, : 2 * size]
-    places = torch.arange(size, device=ids.device).unsqueeze(0)
-    with evaluating(model):
-        packed = hidden_states(model, input_ids=tokens, position_ids=places.repeat(1, 2))
-        alone = hidden_states(model, input_ids=tokens[:, size:], position_ids=places)
-    together = packed[:, size:].double()
-    off = float((together - alone.double()).norm() / alone.double().norm())
-    if off > torch.finfo(precision or alone.dtype).eps ** 0.5:
-        expected = "False: this model does not keep packed sequences apart by their position ids"
-        fail_value("padding_free", expected, f"True (hidden states are off by {off:.2g})")
 
 
 def _pad_id(tokenizer: Any) -> int:
