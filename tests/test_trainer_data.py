@@ -42,6 +42,7 @@ def test_plain_strings() -> None:
     assert found == {
         "prompt_ids": [3, 4],
         "response_ids": [[5, 2], [6, 7, 2]],  # each ends once
+        "length": 9,
         "first_cache_row": 0,
     }
 
@@ -107,6 +108,14 @@ def test_overlong_rows_are_dropped_if_asked(caplog: Any) -> None:
     assert [len(row["response_ids"][0]) for row in found] == [2, 7]
     assert found["first_cache_row"] == [0, 2]
     assert "1 of 3 rows are left out, longer than 10 tokens" in caplog.text
+
+
+def test_several_processes() -> None:
+    rows = [{"prompt": f"w{i}", "chosen": "w1", "rejected": "w2 w3"} for i in range(5)]
+    assert list(run(rows, num_proc=2)) == list(run(rows))
+    rows[4]["chosen"] = ""
+    with pytest.raises(ValueError, match="column 'chosen', row 4: expected a text or ids"):
+        run(rows, num_proc=2)
 
 
 def test_responses_of_the_row_before() -> None:

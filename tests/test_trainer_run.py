@@ -85,6 +85,32 @@ def test_evaluation_of_another_data_set_and_of_several(tmp_path: Path) -> None:
     assert several["eval_b_loss"] != pytest.approx(one, abs=1e-3)
 
 
+def test_evaluation_of_several_data_sets_from_the_start(tmp_path: Path) -> None:
+    parts = {"a": pairs(5, seed=3), "b": pairs(3, seed=4)}
+    trainer = pt.PreferenceTrainer(
+        llama(),
+        arguments(pt.PreferenceConfig, tmp_path, loss="sft"),
+        processing_class=tokenizer(),
+        eval_dataset=parts,
+    )
+    found = trainer.evaluate()
+    for name, rows in parts.items():
+        with torch.no_grad():
+            want = dense.supervised(trainer.model, rows).item()
+        assert found[f"eval_{name}_loss"] == pytest.approx(want, abs=1e-5)
+
+
+def test_rows_of_a_length_side_by_side(tmp_path: Path) -> None:
+    options = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1, "max_steps": -1}
+    trainer = dckd(tmp_path, **options)
+    lengths = [
+        2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in pairs(12)
+    ]
+    assert trainer.train_dataset["length"] == lengths
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_an_evaluation_leaves_the_training_logs_alone(tmp_path: Path) -> None:
     quiet = dckd(tmp_path / "a")
     quiet.train()
@@ -277,6 +303,25 @@ def test_a_windowed_model_packs(tmp_path: Path) -> None:
     assert packed.evaluate()["eval_loss"] == pytest.approx(padded.evaluate()["eval_loss"], abs=1e-5)
 
 
+def kto(folder: Path, **options: Any) -> Any:
+    """Of an adapter that is not at its beginning: without it, the model is the reference."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0}
+        for i, row in enumerate(pairs(12))
+    ]
+    options |= {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd"}
+    return pt.PreferenceTrainer(
+        get_peft_model(llama(), adapter),
+        arguments(pt.PreferenceConfig, folder, loss="kto", **options),
+        processing_class=tokenizer(),
+        train_dataset=rows,
+    )
+
+
 TWO_RANKS = """
 import sys
 sys.path[:0] = {path!r}
@@ -289,10 +334,14 @@ trainer = t.dckd(Path({folder!r}), max_steps=2, per_device_train_batch_size=1,
                  gradient_accumulation_steps=2, train_sampling_strategy="sequential",
                  ddp_backend="gloo", optim="sgd", max_grad_norm=0.0)
 trainer.train()
+kto = t.kto(Path({folder!r}), per_device_train_batch_size=1, gradient_accumulation_steps=2,
+            ddp_backend="gloo")
+kto.train()
 if trainer.accelerator.is_main_process:
     assert trainer.accelerator.num_processes == 2
-    torch.save((trainer.model.state_dict(), t.logged(trainer, "loss"), t.logged(trainer, "sft")),
-               {result!r})
+    logs = [t.logged(trainer, "loss"), t.logged(trainer, "sft")]
+    logs += [t.logged(kto, "loss"), t.logged(kto, "kl")]
+    torch.save((trainer.model.state_dict(), *logs), {result!r})
 torch.distributed.destroy_process_group()
 """
 
@@ -300,6 +349,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
     """Micro-batches of one row, with different numbers of tokens, on two ranks."""
+    pytest.importorskip("peft")
     here, result = str(Path(__file__).parent), str(tmp_path / "result.pt")
     script = tmp_path / "two.py"
     path = [here, str(Path(here).parent)]
@@ -319,7 +369,12 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
         max_grad_norm=0.0,
     )
     one.train()
-    weights, losses, supervised = torch.load(result)
+    whole = kto(tmp_path / "kto", per_device_train_batch_size=4)
+    whole.train()
+    weights, losses, supervised, kto_losses, points = torch.load(result)
+    assert kto_losses == pytest.approx(logged(whole, "loss"), abs=1e-5)
+    assert points == pytest.approx(logged(whole, "kl"), abs=1e-5)
+    assert max(points) > 0
     assert losses == pytest.approx(logged(one, "loss"), abs=1e-5)
     assert supervised == pytest.approx(logged(one, "sft"), abs=1e-5)
     for name, value in one.model.state_dict().items():
@@ -374,6 +429,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
             processing_class=tokenizer(),
             train_dataset=pairs(2),
         )
+
+
+def test_sequences_longer_than_the_context_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length: expected at most the model's context, 64"):
+        dckd(tmp_path, max_length=65)
+    with pytest.raises(ValueError, match=r"column 'rejected', row \d+: expected at most 12 tokens"):
+        dckd(tmp_path, max_length=12)
 
 
 def test_a_head_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:

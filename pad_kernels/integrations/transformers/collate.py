@@ -147,7 +147,7 @@ class Collator:
 
 def _numbers(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, Tensor]:
     """The other columns of encoded rows, lists filled up with zeros."""
-    known = {"prompt_ids", "response_ids", "unrelated_ids", "first_cache_row", "data_key"}
+    known = {"prompt_ids", "response_ids", "unrelated_ids", "length", "first_cache_row", "data_key"}
     found = {}
     for name in rows[0].keys() - known:
         values = [row[name] for row in rows]

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from pad_kernels._checks import fail_type, fail_value
+from pad_kernels._version import __version__
 
 logger = logging.getLogger(__name__)
 _ENCODED = {"prompt_ids", "response_ids", "first_cache_row"}
@@ -76,12 +77,14 @@ class Encoder:
     limit: int | None
     overlong: str
     where: str  # the data set's name in messages
+    version: str = __version__  # rows that another version encoded are not taken from disk
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Encode one row.
 
         Returns:
-            ``prompt_ids``, ``response_ids`` (a list of lists), the numbers and the flag under their
+            ``prompt_ids``, ``response_ids`` (a list of lists), ``length``, all tokens of the row as
+            it is laid out, for samplers; the numbers and the flag under their
             own names, the scores as ``rewards``, and ``kept``: False for an overlong row to drop.
 
         Raises:
@@ -104,6 +107,7 @@ class Encoder:
         encoded["kept"] = self._fits(
             texts[longest][0], len(prompt_ids), len(responses[longest]), index
         )
+        encoded["length"] = len(prompt_ids) * len(responses) + sum(map(len, responses))
         for name in self.format.numbers:
             encoded[name] = self._number(name, row[name], index)
         if self.format.scores is not None:

@@ -68,7 +68,7 @@ class DistillationTrainer(Trainer):
             fail_type("processing_class", "the student's tokenizer", processing_class)
         self.method = args
         self.tokenizer = processing_class
-        self._limit = args.max_length or context(model)
+        self._limit = _limit(args, model)
         self._meter = Meter()
         self._kept_apart = False
         self.teachers = {name: each for name, each in teachers.items() if each is not None}
@@ -292,6 +292,14 @@ class DistillationTrainer(Trainer):
             logs.update(self._meter.read(self.accelerator.gather))
             logs.update(peak_memory(self.args.device))
         super().log(logs, start_time)
+
+
+def _limit(args: DistillationConfig, model: Any) -> int | None:
+    """Most tokens of a sequence."""
+    longest = context(model)
+    if longest is not None and (args.max_length or 0) > longest:
+        fail_value("max_length", f"at most the model's context, {longest}", args.max_length)
+    return args.max_length or longest
 
 
 def _pad_id(tokenizer: Any) -> int:
