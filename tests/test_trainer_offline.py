@@ -83,7 +83,7 @@ def test_adpa_from_cached_log_ratios(tmp_path: Path) -> None:
 
 
 def test_pad_from_cached_hidden_states(tmp_path: Path) -> None:
-    rows, tok = groups(8), tokenizer()
+    rows, tok = groups(8, scored=False), tokenizer()
     args = arguments(pt.PADConfig, tmp_path)
     teacher = pt.ModelTeacher(llama(3, hidden=40), tok)
     cache = pt.cache_teacher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ METHODS = {
     "pad kl": Method(
         pt.PADTrainer,
         pt.PADConfig,
-        groups,
+        partial(groups, scored=False),
         lambda m, _: dense.pad(m, 2.0, "kl", _teacher()),
         options={"kind": "kl", "beta": 2.0},
         teachers={"teacher": _teacher()},

@@ -70,6 +70,14 @@ def test_reference_from_columns(kind: str, tmp_path: Path) -> None:
     assert offline["eval_loss"] == pytest.approx(online["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "reference"), [("dpo", llama), ("simpo", None)])
+def test_columns_that_nothing_reads(kind: str, reference: Any, tmp_path: Path) -> None:
+    rows = [{**row, "ref_chosen_logps": 0.0} for row in ROWS]
+    model = None if reference is None else reference()
+    with pytest.raises(ValueError, match="no column 'ref_chosen_logps' beside"):
+        trainer(tmp_path, rows, model, loss=kind)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo", "simpo"])
 def test_cpo_kinds(kind: str, tmp_path: Path) -> None:
     up, down = scores(llama(), mean=kind in ("ipo", "simpo"))

@@ -124,7 +124,7 @@ def test_an_evaluation_leaves_the_training_logs_alone(tmp_path: Path) -> None:
 
 
 def test_pad_logs(tmp_path: Path) -> None:
-    model, rows = llama(), groups(4, ragged=True)
+    model, rows = llama(), groups(4)
     trainer = pt.PADTrainer(
         model,
         arguments(pt.PADConfig, tmp_path, max_steps=1, gradient_accumulation_steps=2),
@@ -525,6 +525,17 @@ def test_split_sequences_and_heads_are_refused(kind: str, tmp_path: Path, monkey
 def test_the_wrong_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="args: expected a PADConfig, got DCKDConfig"):
         pt.PADTrainer(llama(), arguments(pt.DCKDConfig, tmp_path), processing_class=tokenizer())
+
+
+def test_rewards_from_two_sides_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no column 'rewards' beside a teacher: leave one out"):
+        pt.PADTrainer(
+            llama(),
+            arguments(pt.PADConfig, tmp_path),
+            teacher=pt.ModelTeacher(llama(3), tokenizer()),
+            processing_class=tokenizer(),
+            train_dataset=groups(2),
+        )
 
 
 def test_a_bare_model_is_no_teacher(tmp_path: Path) -> None:

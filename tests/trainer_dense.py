@@ -67,8 +67,9 @@ def pad(model: Any, beta: float, kind: str = "jsd", teacher: Any = None) -> Loss
         found = []
         for row in rows:
             ours = [logprobs(model, row["prompt"], y).mean() for y in row["responses"]]
-            theirs = torch.tensor(row["rewards"])
-            if teacher is not None:
+            if teacher is None:
+                theirs = torch.tensor(row["rewards"])
+            else:
                 with torch.no_grad():
                     means = [logprobs(teacher, row["prompt"], y).mean() for y in row["responses"]]
                     theirs = torch.stack(means)

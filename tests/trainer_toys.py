@@ -80,15 +80,19 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def groups(count: int, seed: int = 0, *, ragged: bool = True) -> list[dict[str, Any]]:
+def groups(count: int, seed: int = 0, *, scored: bool = True) -> list[dict[str, Any]]:
+    """Groups of two to four responses."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        n = rng.choice((2, 3, 4)) if ragged else 4
+        n = rng.choice((2, 3, 4))
         rewards = [rng.uniform(-3, -1) for _ in range(n)]
         rows.append(
             {"prompt": ids(rng), "responses": [ids(rng) for _ in range(n)], "rewards": rewards}
         )
+    if not scored:
+        for row in rows:
+            del row["rewards"]
     return rows
 
 

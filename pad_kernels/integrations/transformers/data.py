@@ -34,6 +34,7 @@ class Format:
         unrelated: add the previous row's response, which is not this prompt's (for KTO).
         instead: another name for a column, used where the first is missing.
         advice: what to do about a column that is missing, by name.
+        unwanted: columns that may not be there, by name: what they would contradict.
     """
 
     responses: tuple[str, ...] = ()
@@ -46,6 +47,7 @@ class Format:
     unrelated: bool = False
     instead: Mapping[str, str] = field(default_factory=dict)
     advice: Mapping[str, str] = field(default_factory=dict)
+    unwanted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -281,6 +283,9 @@ def encode(
         if name not in rows.column_names:
             advice = f" ({format.advice[name]})" if name in format.advice else ""
             fail_value(where, f"a column {name!r}{advice}", f"columns {rows.column_names}")
+    for name, other in format.unwanted.items():
+        if name in rows.column_names:
+            fail_value(where, f"no column {name!r} beside {other}: leave one out", "both")
     encoder = Encoder(format, tokenizer, limit, overlong, where)
     encoded = rows.map(
         encoder,

@@ -21,8 +21,9 @@ from pad_kernels.integrations.transformers.trainer import DistillationTrainer
 def pad_format(*, scored: bool) -> Format:
     """Prompts with at least two responses, and their rewards if a teacher has scored them."""
     advice = {"rewards": "the teacher's rewards; or give the trainer a teacher"}
-    scores = "rewards" if scored else None
-    return Format(many="responses", at_least=2, scores=scores, advice=advice)
+    if scored:
+        return Format(many="responses", at_least=2, scores="rewards", advice=advice)
+    return Format(many="responses", at_least=2, unwanted={"rewards": "a teacher"})
 
 
 class PADTrainer(DistillationTrainer):

@@ -145,13 +145,14 @@ class PreferenceTrainer(DistillationTrainer):
             return Format(("completion",), instead={"completion": "chosen"})
         if self.kind in UNPAIRED:
             return Format(("completion",), flag="label", unrelated=self.kind == "kto")
-        numbers: tuple[str, ...] = ()
+        columns = ("ref_chosen_logps", "ref_rejected_logps")
         if self._from_columns:
-            numbers = ("ref_chosen_logps", "ref_rejected_logps")
-        advice = dict.fromkeys(
-            numbers, "the reference's summed log-probs; or give the trainer a reference"
-        )
-        return Format(("chosen", "rejected"), numbers=numbers, advice=advice)
+            advice = "the reference's summed log-probs; or give the trainer a reference"
+            return Format(
+                ("chosen", "rejected"), numbers=columns, advice=dict.fromkeys(columns, advice)
+            )
+        other = "a reference model" if self._compares else f"{self.kind}, which has no reference"
+        return Format(("chosen", "rejected"), unwanted=dict.fromkeys(columns, other))
 
     def terms(self) -> dict[str, Term]:
         """A mean over rows, and of some over tokens."""
