@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 from trainer_toys import tokenizer
 
-from pad_kernels.integrations.transformers.collate import Collator
+from pad_kernels.integrations.transformers.collate import Collator, first_rows
 from pad_kernels.integrations.transformers.data import Format, encode
 
 PAIRS = Format(("chosen", "rejected"))
@@ -260,3 +260,35 @@ def test_what_a_teacher_is_asked_about() -> None:
     assert batch["taught"]["input_ids"].tolist() == [[5, 6, 8, 9], [5, 6, 10, 0], [5, 9, 0, 0]]
     assert torch.equal(batch["taught"]["targets"], batch["targets"][batch["second"]])
     assert batch["taught"]["cache_rows"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("taught_from", [0, 1])
+def test_the_first_rows_of_a_batch(taught_from: int) -> None:
+    """All but the models' inputs are those of a batch of these rows alone."""
+    format = Format(("chosen",), many="responses", taught_from=taught_from, flag="good")
+    data = [
+        {"prompt": [5, 6], "chosen": [7], "responses": [[8, 9], [10]], "good": True},
+        {"prompt": [5], "chosen": [7, 8], "responses": [[9]], "good": False},
+        {"prompt": [5], "chosen": [7], "responses": [[9, 9], [9]], "good": True},
+    ]
+    encoded, collator = list(run(data, format)), Collator(0, taught_from=taught_from)
+    cut, alone = first_rows(collator(encoded), 2), collator(encoded[:2])
+    names = ["targets", "offsets", "second", "counts", "valid", "good"]
+    assert all(torch.equal(cut[name], alone[name]) for name in names)
+    flat = cut["input_ids"].flatten()
+    assert torch.equal(flat[cut["positions"] + 1], alone["targets"])
+    assert cut["cache_rows"] == alone["cache_rows"]
+    if taught_from:
+        cut, alone = cut["taught"], alone["taught"]
+        assert torch.equal(cut["targets"], alone["targets"])
+        assert torch.equal(cut["input_ids"].flatten()[cut["positions"] + 1], alone["targets"])
+        assert cut["cache_rows"] == alone["cache_rows"]
+
+
+def test_the_first_rows_of_a_batch_with_unrelated_responses() -> None:
+    format = Format(("completion",), flag="label", unrelated=True)
+    data = [{"prompt": [i + 3], "completion": [9] * (i + 1), "label": True} for i in range(3)]
+    encoded, collator = list(run(data, format)), Collator(0)
+    cut, alone = first_rows(collator(encoded), 1)["unrelated"], collator(encoded[:1])["unrelated"]
+    assert torch.equal(cut["targets"], alone["targets"])
+    assert torch.equal(cut["offsets"], alone["offsets"])

@@ -145,6 +145,48 @@ class Collator:
         ]
 
 
+def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A batch whose loss is that of its first ``rows`` rows; at least one is left.
+
+    Samplers repeat rows to give every rank whole batches, and an evaluation must not count them.
+    The models' inputs stay as they are.
+    """
+    n, all_rows = batch["valid"].shape[1], batch["valid"].shape[0]
+    responses = int(batch["valid"][:rows].sum())
+    cut = dict(batch)
+    tokens = int(batch["offsets"][rows * n])
+    cut.update(_first_responses(batch, responses, tokens))
+    cut["second"] = batch["second"][:tokens]
+    cut["offsets"] = batch["offsets"][: rows * n + 1]
+    second = int(cut["second"].sum())
+    cut["counts"] = batch["counts"].new_tensor([rows, tokens - second, second])
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (all_rows,) and name not in _LAYOUT:
+            cut[name] = value[:rows]
+    if "taught" in batch:
+        taught = batch["taught"]
+        missing = len(batch["cache_rows"]) - len(taught["cache_rows"])  # in each row as many
+        kept = responses - rows * missing // all_rows
+        cut["taught"] = {**taught, **_first_responses(taught, kept, second)}
+    if "unrelated" in batch:
+        offsets = batch["unrelated"]["offsets"][: rows + 1]
+        kept = _first_responses(batch["unrelated"], rows, int(offsets[-1]))
+        cut["unrelated"] = {**batch["unrelated"], **kept, "offsets": offsets}
+    return cut
+
+
+_LAYOUT = {"input_ids", "attention_mask", "position_ids", "positions", "targets"}
+_LAYOUT |= {"offsets", "second", "counts"}
+
+
+def _first_responses(batch: Mapping[str, Any], responses: int, tokens: int) -> dict[str, Any]:
+    return {
+        "positions": batch["positions"][:tokens],
+        "targets": batch["targets"][:tokens],
+        "cache_rows": batch["cache_rows"][:responses],
+    }
+
+
 def _numbers(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, Tensor]:
     """The other columns of encoded rows, lists filled up with zeros."""
     known = {"prompt_ids", "response_ids", "unrelated_ids", "length", "first_cache_row", "data_key"}

@@ -14,6 +14,7 @@ from pad_kernels._checks import fail_type, fail_value
 from pad_kernels.integrations.transformers.collate import (
     COUNTS,
     Collator,
+    first_rows,
     flat_hidden,
     model_inputs,
 )
@@ -266,12 +267,24 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch of an evaluation."""
         inputs = self._prepare_inputs(inputs)
+        real = self._real_rows(len(inputs["valid"]))
+        if 0 < real < len(inputs["valid"]):
+            inputs = first_rows(inputs, real)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._run(model, inputs, None)
-        self._meter.add(outputs)
+        self._meter.add(outputs if real else {n: 0.0 * each for n, each in outputs.items()})
         terms = self.terms().items()
         parts = [term.coefficient * outputs[n][0] / outputs[n][1].clamp(min=1) for n, term in terms]
         return torch.stack(parts).sum(), None, None
+
+    def _real_rows(self, rows: int) -> int:
+        """How many of this rank's rows are not repeated ones, which end an evaluation."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+            return rows
+        if state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - rows * self.accelerator.process_index))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with means over the whole data set instead of means over batches."""
