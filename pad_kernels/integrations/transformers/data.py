@@ -268,24 +268,11 @@ def encode(
         TypeError: not a data set with a length.
         ValueError: a column that is missing, or a value that is not what is expected, with its row.
     """
-    if isinstance(dataset, datasets.Dataset):
-        rows = dataset
-    elif isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        rows = datasets.Dataset.from_list(list(dataset))
-    else:
-        fail_type(where, "a datasets.Dataset (not a stream) or a list of dicts", dataset)
+    rows = _rows(dataset, where)
     if set(rows.column_names) >= _ENCODED:
         return rows
-    if not len(rows):
-        fail_value(where, "at least one row", "none")
     format = format.found_in(rows.column_names)
-    for name in format.columns:
-        if name not in rows.column_names:
-            advice = f" ({format.advice[name]})" if name in format.advice else ""
-            fail_value(where, f"a column {name!r}{advice}", f"columns {rows.column_names}")
-    for name, other in format.unwanted.items():
-        if name in rows.column_names:
-            fail_value(where, f"no column {name!r} beside {other}: leave one out", "both")
+    _check_columns(rows.column_names, format, where)
     encoder = Encoder(format, tokenizer, limit, overlong, where)
     encoded = rows.map(
         encoder,
@@ -313,6 +300,28 @@ def encode(
         encoded = encoded.map(_Unrelated(encoded, limit), with_indices=True)
     counts = [len(each) - format.taught_from for each in encoded["response_ids"]]
     return encoded.add_column("first_cache_row", [0, *accumulate(counts)][:-1])
+
+
+def _rows(dataset: Any, where: str) -> datasets.Dataset:
+    if isinstance(dataset, datasets.Dataset):
+        rows = dataset
+    elif isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        rows = datasets.Dataset.from_list(list(dataset))
+    else:
+        fail_type(where, "a datasets.Dataset (not a stream) or a list of dicts", dataset)
+    if not len(rows):
+        fail_value(where, "at least one row", "none")
+    return rows
+
+
+def _check_columns(columns: list[str], format: Format, where: str) -> None:
+    for name in format.columns:
+        if name not in columns:
+            advice = f" ({format.advice[name]})" if name in format.advice else ""
+            fail_value(where, f"a column {name!r}{advice}", f"columns {columns}")
+    for name, other in format.unwanted.items():
+        if name in columns:
+            fail_value(where, f"no column {name!r} beside {other}: leave one out", "both")
 
 
 def fingerprint(encoded: datasets.Dataset) -> str:

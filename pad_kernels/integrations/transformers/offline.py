@@ -22,6 +22,7 @@ from pad_kernels.integrations.transformers.config import (
     PADConfig,
 )
 from pad_kernels.integrations.transformers.data import Format, context, encode, fingerprint
+from pad_kernels.integrations.transformers.head import ModelHead
 from pad_kernels.integrations.transformers.pad import pad_format
 from pad_kernels.integrations.transformers.teachers import ModelTeacher
 from pad_kernels.integrations.transformers.token_distillation import adpa_format, dckd_format
@@ -146,10 +147,9 @@ def cache_teacher(
     tokenizer = teacher.processing_class
     limit = args.max_length or context(teacher.model)
     rows = encode(dataset, format, tokenizer, limit=limit, overlong=args.overlong, where="dataset")
+    first = format.taught_from
     examples = [
-        Example(row["prompt_ids"], ids, 0, 0)
-        for row in rows
-        for ids in row["response_ids"][format.taught_from :]
+        Example(row["prompt_ids"], ids, 0, 0) for row in rows for ids in row["response_ids"][first:]
     ]
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = [each for each in (teacher, reference) if each is not None]
@@ -164,11 +164,14 @@ def cache_teacher(
 
     write_teacher_cache(path, examples, run, info, batch_size=batch_size, progress=progress)
     if info.kind == "hidden":
-        head = teacher.head()
-        tensors = {"weight": head.weight, "bias": head.bias}
-        data = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if v is not None}
-        write_atomically(Path(path) / HEAD, save(data))
+        _save_head(Path(path) / HEAD, teacher.head())
     return CachedTeacher(path)
+
+
+def _save_head(path: Path, head: ModelHead) -> None:
+    tensors = {"weight": head.weight, "bias": head.bias}
+    data = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if v is not None}
+    write_atomically(path, save(data))
 
 
 def _format(args: DistillationConfig, keep: int | str) -> Format:

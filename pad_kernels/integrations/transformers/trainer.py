@@ -72,13 +72,7 @@ class DistillationTrainer(Trainer):
         self._limit = _limit(args, model)
         self._meter = Meter()
         self._kept_apart = False
-        self.teachers = {name: each for name, each in teachers.items() if each is not None}
-        for name, teacher in self.teachers.items():
-            if not hasattr(teacher, "attach"):
-                fail_type(name, "a ModelTeacher(model, tokenizer) or a CachedTeacher", teacher)
-            if teacher.kind not in self.accepts[name]:
-                expected = f"a teacher that knows {_KNOWS[self.accepts[name][-1]]}"
-                fail_value(name, expected, f"a cache of {_KNOWS[teacher.kind]}")
+        self.teachers = self._checked(teachers)
         format = self.format()
         collator = Collator(
             _pad_id(processing_class),
@@ -171,6 +165,17 @@ class DistillationTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     # Teachers.
+
+    def _checked(self, teachers: Mapping[str, Teacher | None]) -> dict[str, Teacher]:
+        """Those that there are, each of a kind that the method can use."""
+        given = {name: each for name, each in teachers.items() if each is not None}
+        for name, teacher in given.items():
+            if not hasattr(teacher, "attach"):
+                fail_type(name, "a ModelTeacher(model, tokenizer) or a CachedTeacher", teacher)
+            if teacher.kind not in self.accepts[name]:
+                expected = f"a teacher that knows {_KNOWS[self.accepts[name][-1]]}"
+                fail_value(name, expected, f"a cache of {_KNOWS[teacher.kind]}")
+        return given
 
     def _common_vocabulary(self) -> int | None:
         """The vocabulary all models have, where their (padded) sizes differ."""
