@@ -310,6 +310,35 @@ def test_log_ratios_must_be_finite(tmp_path: Path) -> None:
             writer.append(GOOD_IDS, torch.full((2, 4), torch.inf), [2])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_hidden_states(tmp_path: Path, dtype: str) -> None:
+    """In the dtype they are stored in; with the teacher's weight they are the teacher."""
+    info = replace(INFO, kind="hidden", k=hidden([1]).shape[1], dtype=dtype)
+    cache = write(tmp_path, info=info)
+    rows = [4, 2, 11]
+    kept = cache.hidden(rows)
+    assert torch.equal(kept, hidden(rows).to(getattr(torch, dtype)))
+    assert cache.pack(rows).cu_seqlens.diff().tolist() == [length(row) for row in rows]
+    student = pk.Head(torch.randn(len(kept), 6), torch.randn(VOCAB, 6))
+    found = pk.linear_divergence(student, pk.Head(kept.float(), weight(1)))
+    whole = pk.linear_divergence(student, pk.Head(hidden(rows), weight(1)))
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6 if dtype == "float32" else 2e-2)
+    with pytest.raises(ValueError, match="kind: expected a cache of kind 'teacher'"):
+        cache.teacher(rows)
+
+
+def test_hidden_states_that_cannot_be(tmp_path: Path) -> None:
+    with TeacherCacheWriter(tmp_path, replace(INFO, kind="hidden", k=3)) as writer:
+        with pytest.raises(TypeError, match="ids: expected None with hidden states"):
+            writer.append(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3), [1])
+        with pytest.raises(ValueError, match="values: expected finite hidden states, got nan"):
+            writer.append(None, torch.full((1, 3), torch.nan), [1])
+        with pytest.raises(ValueError, match=r"values: expected shape \(1, 3\)"):
+            writer.append(None, torch.zeros(1, 4), [1])
+    with pytest.raises(TypeError, match=r"ids: expected a torch\.Tensor"):
+        TeacherCacheWriter(tmp_path / "other", INFO).append(None, torch.zeros(1, K), [1])
+
+
 def test_tokenizer_hash() -> None:
     class Tokenizer:
         def get_vocab(self) -> dict:

@@ -12,7 +12,13 @@ import torch
 from pad_kernels._checks import check_choice, check_integer, check_tensor, fail_type, fail_value
 from pad_kernels.heads import Head, HeadOptions
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+KINDS = ("teacher", "advantage", "hidden")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -63,13 +69,15 @@ class CacheInfo:
         model: name of the teacher, or of the aligned model, with its revision where it has one.
         tokenizer_hash: see :func:`tokenizer_hash`.
         vocab_size: number of real entries of the vocabulary, without a weight's padding.
-        k: tokens kept per position.
+        k: tokens kept per position; for "hidden" the width of the hidden states.
         kind: "teacher": the k likeliest tokens and their log-probabilities;
-            "advantage": the aligned model's k likeliest tokens and log pi_aligned / pi_reference.
+            "advantage": the aligned model's k likeliest tokens and log pi_aligned / pi_reference;
+            "hidden": the teacher's last hidden states, to be used with its head.
         reference: name of the reference model, for "advantage" and only there.
         dataset: whatever tells this dataset, its order and its tokens from others; may be "".
         dtype: what values are stored as: "float32", "float64", or "float16", which rounds a value
-            by up to 2**-11 of itself (3e-8 where that is more) and refuses those beyond 65504.
+            by up to 2**-11 of itself (3e-8 where that is more) and refuses those beyond 65504;
+            for hidden states also "bfloat16".
         softcap, logit_scale, temperature: options of the (aligned) head.
         reference_softcap, reference_logit_scale, reference_temperature: of the reference's head.
 
@@ -102,10 +110,11 @@ class CacheInfo:
             if not isinstance(getattr(self, name), str):
                 fail_type(name, "a string", getattr(self, name))
         check_integer("vocab_size", self.vocab_size, at_least=1)
-        if check_integer("k", self.k, at_least=1) > self.vocab_size:
+        check_choice("kind", self.kind, KINDS)
+        dtypes = [d for d in DTYPES if d != "bfloat16" or self.kind == "hidden"]
+        check_choice("dtype", self.dtype, dtypes)
+        if check_integer("k", self.k, at_least=1) > self.vocab_size and self.kind != "hidden":
             fail_value("k", f"at most vocab_size = {self.vocab_size}", self.k)
-        check_choice("kind", self.kind, ("teacher", "advantage"))
-        check_choice("dtype", self.dtype, tuple(DTYPES))
         for name in ("model", "tokenizer_hash"):
             if not getattr(self, name):
                 fail_value(name, "a string that is not empty", "''")

@@ -24,7 +24,8 @@ class CachedRows(NamedTuple):
     Attributes:
         ids: int64 [tokens, k].
         values: float32 (float64 in a cache of that dtype) [tokens, k]: log-probabilities, or
-            log-ratios in a cache of kind "advantage".
+            log-ratios in a cache of kind "advantage"; hidden states, in the dtype they are stored
+            in, in one of kind "hidden", whose ids are [tokens, 0].
         cu_seqlens: int64 [rows + 1], where rows begin and end.
     """
 
@@ -124,7 +125,8 @@ class TeacherCache:
         if not ids:
             fail_value("rows", "at least one row", "none")
         packed = torch.cat(values)  # copies: what is returned is never the mapped file
-        wide = packed.float() if packed.dtype == torch.float16 else packed
+        narrow = packed.dtype == torch.float16 and self.info.kind != "hidden"
+        wide = packed.float() if narrow else packed
         return CachedRows(torch.cat(ids).long(), wide, torch.tensor(lengths).cumsum(0))
 
     def batches(self, batch_size: int) -> Iterator[CachedRows]:
@@ -155,6 +157,13 @@ class TeacherCache:
     def advantage(self, rows: Sequence[int] | Tensor, *, device: Any = None) -> TopKAdvantage:
         """Rows of a cache of kind "advantage", packed; arguments as in :meth:`teacher`."""
         return TopKAdvantage(*self._of_kind("advantage", rows, device))
+
+    def hidden(self, rows: Sequence[int] | Tensor, *, device: Any = None) -> Tensor:
+        """Hidden states [tokens, H] from a cache of kind "hidden"; arguments as in :meth:`teacher`.
+
+        They and the teacher's weight make a :class:`pad_kernels.Head`.
+        """
+        return self._of_kind("hidden", rows, device)[1]
 
     def _of_kind(
         self, kind: str, rows: Sequence[int] | Tensor, device: Any

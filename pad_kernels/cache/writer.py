@@ -44,6 +44,11 @@ except ImportError:  # Windows: nothing then keeps a second writer out
     fcntl = None  # type: ignore[assignment]
 
 SHARD_BYTES = 64 << 20
+_VALUES = {
+    "teacher": "log-probs <= 0",
+    "advantage": "finite log-ratios",
+    "hidden": "finite hidden states",
+}
 
 
 class TeacherCacheWriter:
@@ -104,38 +109,49 @@ class TeacherCacheWriter:
         """Whether the cache is finished, and takes no more rows."""
         return self._manifest.complete
 
-    def append(self, ids: Tensor, values: Tensor, lengths: Sequence[int] | Tensor) -> None:
+    def append(self, ids: Tensor | None, values: Tensor, lengths: Sequence[int] | Tensor) -> None:
         """Add some rows, packed one after the other.
 
         Args:
-            ids: integer [tokens, k], distinct in each position, in [0, vocab_size).
-            values: floating point [tokens, k], stored as ``info.dtype``: log-probabilities <= 0, or
-                finite log-ratios.
+            ids: integer [tokens, k], distinct in each position, in [0, vocab_size); None for hidden
+                states.
+            values: floating point [tokens, k], stored as ``info.dtype``: log-probabilities <= 0,
+                finite log-ratios, or hidden states.
             lengths: tokens of each row, integers >= 0 that sum to ``tokens``.
 
         Raises:
             TypeError, ValueError: any of that does not hold, or the cache is finished.
         """
         self._check_open()
-        shape = (ids.shape[0] if isinstance(ids, Tensor) and ids.dim() else 0, self.info.k)
-        check_tensor("ids", ids, dtypes=(torch.int64, torch.int32), shape=shape)
+        first = values if self.info.kind == "hidden" else ids
+        shape = (first.shape[0] if isinstance(first, Tensor) and first.dim() else 0, self.info.k)
+        if self.info.kind != "hidden":
+            ids = self._checked_ids(ids, shape)
+        elif ids is not None:
+            fail_type("ids", "None with hidden states", ids)
+        else:
+            ids = torch.zeros(shape[0], 0, dtype=torch.int32)
         check_tensor("values", values, dtypes=FLOATS, shape=shape)
         sizes = _lengths(lengths, shape[0])
-        ids, values = ids.detach().cpu(), values.detach().cpu()
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.info.vocab_size:
-            fail_value("ids", f"ids in [0, {self.info.vocab_size})", "ids outside")
-        if bool((ids.sort(-1).values.diff() == 0).any()):
-            fail_value("ids", "distinct ids in each position", "one twice")
-        good = values.isfinite() if self.info.kind == "advantage" else values <= 0
+        values = values.detach().cpu()
+        good = values <= 0 if self.info.kind == "teacher" else values.isfinite()
         if not bool(good.all()):
-            wanted = "finite log-ratios" if self.info.kind == "advantage" else "log-probs <= 0"
-            fail_value("values", wanted, values[~good][0].item())
+            fail_value("values", _VALUES[self.info.kind], values[~good][0].item())
         stored = values.to(DTYPES[self.info.dtype])
         if bool((stored.isinf() & values.isfinite()).any()):
             fail_value("values", f"values in the range of {self.info.dtype}", "values beyond it")
         self._buffer.append((ids.int(), stored.contiguous(), sizes))
         if sum(i.nbytes + v.nbytes for i, v, _ in self._buffer) >= self._limit:
             self._flush()
+
+    def _checked_ids(self, ids: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        ids = check_tensor("ids", ids, dtypes=(torch.int64, torch.int32), shape=shape)
+        ids = ids.detach().cpu()
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.info.vocab_size:
+            fail_value("ids", f"ids in [0, {self.info.vocab_size})", "ids outside")
+        if bool((ids.sort(-1).values.diff() == 0).any()):
+            fail_value("ids", "distinct ids in each position", "one twice")
+        return ids
 
     def _check_open(self) -> None:
         if self.complete or self._lock is None:
@@ -261,15 +277,18 @@ def write_teacher_cache(
 
 def _outputs(
     info: CacheInfo, returned: tuple[Any, ...], rows: int
-) -> tuple[Tensor, Tensor, Sequence[int] | Tensor]:
+) -> tuple[Tensor | None, Tensor, Sequence[int] | Tensor]:
     """Ids, values and lengths of a batch from what the caller's function returned."""
-    names = ("head", "lengths") if info.kind == "teacher" else ("aligned", "reference", "lengths")
+    both = info.kind == "advantage"
+    names = ("aligned", "reference", "lengths") if both else ("head", "lengths")
     if not isinstance(returned, tuple) or len(returned) != len(names):
         fail_value("run", f"a function that returns ({', '.join(names)})", type(returned).__name__)
     *heads, lengths = returned
     if len(lengths) != rows:
         fail_value("lengths", f"one for each of the {rows} examples", len(lengths))
     info.check_head(names[0], heads[0])
+    if info.kind == "hidden":
+        return None, heads[0].hidden, lengths
     ids, values = linear_topk(heads[0].hidden, heads[0].weight, info.k, **_options(heads[0]))
     if info.kind == "advantage":
         reference: Head = heads[1]
