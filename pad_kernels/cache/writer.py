@@ -80,7 +80,7 @@ class TeacherCacheWriter:
         others = {p.name for p in self._path.iterdir()} - {LOCK, MANIFEST + TEMPORARY}
         if others and MANIFEST not in others:
             fail_value("path", "a new or empty directory, or a cache", f"{path} with other files")
-        self._lock = _lock(self._path / LOCK)
+        self._lock = lock(self._path / LOCK)
         try:
             self._manifest = self._resume() if others else Manifest(info)
             if not others:
@@ -192,7 +192,7 @@ class TeacherCacheWriter:
         self.close()
 
 
-def _lock(path: Path) -> Any:
+def lock(path: Path) -> Any:
     """An open file with an exclusive lock, which the system takes back when the process ends."""
     file = open(path, "wb")  # noqa: SIM115
     if fcntl is not None:

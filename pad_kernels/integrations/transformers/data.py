@@ -102,7 +102,7 @@ class Encoder:
         prompt = row["prompt"] if "prompt" in row else self._common_prompt(texts, index)
         if "prompt" not in row:
             texts = [(name, text[len(prompt) :]) for name, text in texts]
-        prompt_ids = self._prompt(prompt, index)
+        prompt_ids = self.prompt(prompt, index)
         responses = [self._response(name, text, prompt, prompt_ids, index) for name, text in texts]
         encoded: dict[str, Any] = {"prompt_ids": prompt_ids, "response_ids": responses}
         longest = max(range(len(responses)), key=lambda i: len(responses[i]))
@@ -145,7 +145,8 @@ class Encoder:
             self.refuse(texts[0][0], index, "conversations with a common beginning", first)
         return first[:same]
 
-    def _prompt(self, prompt: Any, index: int) -> list[int]:
+    def prompt(self, prompt: Any, index: int) -> list[int]:
+        """Ids of a prompt; ``index`` is its row, for messages."""
         if isinstance(prompt, str):
             ids = list(self.tokenizer(prompt)["input_ids"])
             end = self.tokenizer.eos_token
