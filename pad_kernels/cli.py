@@ -1,10 +1,11 @@
-"""The command line: `pad-kernels bench | explain | plan | demo`."""
+"""The command line: `pad-kernels sample | score | cache | train | eval | demo | plan | ...`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pad_kernels import __version__
@@ -180,15 +181,43 @@ def _add_plan(parser: argparse.ArgumentParser) -> Command:
     return plan
 
 
+def _add_stage(name: str, parser: argparse.ArgumentParser) -> Command:
+    from pad_kernels.pipeline import command
+
+    command.add_arguments(name, parser)
+    stage = command.command(name)
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            stage(args)
+        except command.MISTAKES as error:
+            if args.debug:
+                raise
+            return fail(command.message(error))
+        return 0
+
+    return run
+
+
+def _stages() -> list[tuple[str, str, str, Callable[[argparse.ArgumentParser], Command]]]:
+    from pad_kernels.pipeline.command import COMMANDS
+
+    return [
+        (name, short, text, partial(_add_stage, name))
+        for name, (_, short, text) in COMMANDS.items()
+    ]
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line as a parser; a command's function is its `run` attribute."""
     parser = argparse.ArgumentParser(
         prog="pad-kernels",
-        description="Losses over an LM head in vocabulary chunks: measure, explain, demonstrate.",
+        description="Losses over an LM head in vocabulary chunks: distil, measure, explain.",
     )
     parser.add_argument("--version", action="version", version=f"pad-kernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     table = (
+        *_stages(),
         ("demo", "distil preferences end to end and write a report", DEMO, _add_demo),
         ("explain", "print the plan of a loss of a given size", EXPLAIN, _add_explain),
         ("plan", "what of a training step fits in a GPU's memory", _plan_text(), _add_plan),

@@ -12,7 +12,7 @@ import pad_kernels
 from pad_kernels import cli
 from pad_kernels import demo as demo_package
 
-COMMANDS = ("demo", "explain", "plan", "bench")
+COMMANDS = ("sample", "score", "cache", "train", "eval", "demo", "explain", "plan", "bench")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
