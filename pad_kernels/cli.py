@@ -193,7 +193,7 @@ def _add_stage(name: str, parser: argparse.ArgumentParser) -> Command:
         except command.MISTAKES as error:
             if args.debug:
                 raise
-            return fail(command.message(error))
+            return fail(command.message(args.file, error))
         return 0
 
     return run

@@ -113,6 +113,7 @@ def command(name: str) -> Callable[[argparse.Namespace], None]:
     return run
 
 
-def message(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def message(file: Path, error: BaseException) -> str:
+    """An error in one line that begins with the settings' file."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.startswith(str(file)) else f"{file}: {text}"

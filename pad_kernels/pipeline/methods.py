@@ -121,18 +121,6 @@ def _hints(config: str) -> dict[str, Any]:
     return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
 
 
-def split_arguments(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of adpa+'s two halves; those that only one of them knows go there."""
-    assert settings.train is not None
-    both = settings.train.arguments
-    known = {name: _hints(METHODS[name].config) for name in ("dckd", "adpa")}
-    for key in both:
-        if key not in known["dckd"] and key not in known["adpa"]:
-            yaml_file.unknown("train.arguments", key, {**known["dckd"], **known["adpa"]})
-    halves = [{k: v for k, v in both.items() if k in known[n]} for n in ("dckd", "adpa")]
-    return {**halves[0], **settings.train.dckd_arguments}, halves[1]
-
-
 def arguments(settings: Settings, name: str, given: dict[str, Any], folder: Any) -> Any:
     """A method's config.
 
@@ -150,7 +138,7 @@ def arguments(settings: Settings, name: str, given: dict[str, Any], folder: Any)
     for key in (*OWN, *method.fixed):
         if key in given:
             raise ValueError(f"train.arguments.{key}: expected none, the command sets it")
-    yaml_file.checked("train.arguments", given, known)
+    yaml_file.checked("train.arguments.", given, known)
     if given.get("save_total_limit") == 1:
         raise ValueError(
             "train.arguments.save_total_limit: expected at least 2, or a kill between two "
@@ -166,4 +154,4 @@ def arguments(settings: Settings, name: str, given: dict[str, Any], folder: Any)
             **DEFAULTS | {"dataloader_pin_memory": device.type != "cpu"} | method.fixed | given,
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(f"train.arguments: {error}") from None
+        raise ValueError(f"train.arguments.{error}") from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pad_kernels._checks import check_integer, check_number, fail_value
+from pad_kernels._checks import check_choice, check_integer, check_number, fail_value
 from pad_kernels.pipeline import yaml_file
 
 Name = Literal[
@@ -112,8 +112,9 @@ class Train:
         data: rows to train on; default: what ``score`` wrote (pad) or ``sample`` (adpa, seqkd).
         eval_data: rows to evaluate on while training.
         teacher: "model": beside the student; "cache": what ``cache`` wrote.
-        arguments: of the method's config, TrainingArguments among them.
-        dckd_arguments: those of the first half of adpa+, over ``arguments``.
+        arguments: of the methods' configs, TrainingArguments among them.
+        methods: for some methods by name, more of them, over ``arguments``; adpa+ takes those of
+            dckd and adpa.
         lora: peft.LoraConfig's; default: the whole model is trained.
     """
 
@@ -122,8 +123,16 @@ class Train:
     eval_data: str | None = None
     teacher: Literal["model", "cache"] = "model"
     arguments: dict[str, Any] = field(default_factory=dict)
-    dckd_arguments: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            check_choice("methods", name, [each for each in get_args(Name) if each != "adpa+"])
+
+    def arguments_of(self, method: str) -> dict[str, Any]:
+        """All that is said about a method."""
+        return {**self.arguments, **self.methods.get(method, {})}
 
 
 @dataclass(frozen=True)
@@ -203,8 +212,7 @@ def read(path: Path, *, method: str | None = None) -> Settings:
     values = yaml_file.load(path)
     if method is not None and isinstance(values.get("train"), dict):
         values["train"] = {**values["train"], "method": method}
-    where = str(path) if path.suffix in (".yaml", ".yml") else f"{path}.yaml"
-    return yaml_file.build(Settings, where, values)
+    return yaml_file.build(Settings, f"{path}: ", values)
 
 
 def as_dict(section: Any) -> dict[str, Any]:

@@ -45,12 +45,14 @@ def run(settings: Settings) -> Path:
         return fit(settings, job(settings))
     if options.teacher != "model":
         raise ValueError(f"train.teacher: expected model for adpa+, got {options.teacher}")
+    if options.eval_data is not None:
+        raise ValueError("train.eval_data: expected none for adpa+, whose halves read other rows")
     if options.data is None:
         raise ValueError("train.data: expected rows with chosen and rejected for adpa+, got none")
     if settings.sample is None:
         raise ValueError("sample: expected this section: adpa+ samples from its DCKD student")
     models.folder("reference", settings.reference)
-    first, second = methods.split_arguments(settings)
+    first, second = options.arguments_of("dckd"), options.arguments_of("adpa")
     own = folder.with_name("adpa+.samples")
     methods.arguments(settings, "adpa", second, folder)  # a mistake there is found now
     begun = fit(
@@ -69,8 +71,6 @@ def section(settings: Settings) -> Train:
     """
     if settings.train is None:
         raise ValueError("train: expected this section in the file, got none")
-    if settings.train.dckd_arguments and settings.train.method != "adpa+":
-        raise ValueError("train.dckd_arguments: expected none but with method: adpa+, got some")
     return settings.train
 
 
@@ -86,7 +86,8 @@ def job(settings: Settings) -> Job:
         if options.method == "seqkd":
             _check_teachers(settings, Path(source))
     folder = settings.folder("train") / options.method
-    return Job(options.method, folder, settings.student, source, options.arguments)
+    given = options.arguments_of(options.method)
+    return Job(options.method, folder, settings.student, source, given)
 
 
 def _check_teachers(settings: Settings, samples: Path) -> None:
@@ -165,6 +166,13 @@ def _identity(settings: Settings, work: Job, names: list[str]) -> dict[str, Any]
     if options.eval_data is not None:
         rows.read("train.eval_data", options.eval_data)
         inputs["eval_data"] = rows.fingerprint(options.eval_data)
+    if options.teacher == "cache":
+        for folder in cache_folders(settings, work.method):
+            if not folder.is_dir():
+                raise ValueError(
+                    f"train.teacher: there is no {folder}: run the command cache first"
+                )
+            inputs[folder.name] = rows.fingerprint(folder)
     for name in names:
         if name != "student":
             inputs[name] = rows.fingerprint(models.folder(name, getattr(settings, name)))

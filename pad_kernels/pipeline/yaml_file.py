@@ -65,12 +65,12 @@ def describe(value: Any) -> str:
     return "nothing" if value is None else text if len(text) <= 80 else text[:77] + "..."
 
 
-def unknown(where: str, key: Any, known: Iterable[str]) -> NoReturn:
+def unknown(prefix: str, key: Any, known: Iterable[str]) -> NoReturn:
     """Refuse a key that nothing reads."""
     names = sorted(known)
     close = difflib.get_close_matches(str(key), names, 1)
     hint = f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(names)
-    raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    raise ValueError(f"{prefix}{key}: unknown key; {hint}")
 
 
 def name_of(kind: Any) -> str:
@@ -95,35 +95,43 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(key, inner[0]) for key in value)
+        return isinstance(value, dict) and all(
+            fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items()
+        )
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind  # True is no whole number
 
 
-def checked(where: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
+def checked(prefix: str, values: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping whose keys are known and whose values have the types of these hints.
+
+    Args:
+        prefix: file and section, for messages: a key follows.
+        values: what YAML had.
+        hints: types by key.
 
     Raises:
         ValueError: with the key, what was expected and what came.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping, got {describe(values)}")
+        section = prefix.rstrip(": .")
+        raise ValueError(f"{section}: expected a mapping, got {describe(values)}")
     for key, value in values.items():
         if key not in hints:
-            unknown(where, key, hints)
+            unknown(prefix, key, hints)
         if not fits(value, hints[key]):
             expected = name_of(hints[key])
-            raise ValueError(f"{where}.{key}: expected {expected}, got {describe(value)}")
+            raise ValueError(f"{prefix}{key}: expected {expected}, got {describe(value)}")
     return values
 
 
-def build(kind: type[T], where: str, values: Any) -> T:
+def build(kind: type[T], prefix: str, values: Any) -> T:
     """A dataclass from a mapping; fields that are dataclasses are made from mappings of theirs.
 
     Args:
         kind: the dataclass; what its ``__post_init__`` raises begins with a field's name.
-        where: file and section, for messages.
+        prefix: file and section, for messages: a key follows.
         values: what YAML had.
 
     Raises:
@@ -133,21 +141,21 @@ def build(kind: type[T], where: str, values: Any) -> T:
     sections: dict[str, Any] = {
         name: each
         for name, hint in hints.items()
-        for each in (hint, *get_args(hint))
+        for each in get_args(hint)
         if dataclasses.is_dataclass(each)
     }
-    dot = ": " if where.endswith((".yaml", ".yml")) else "."
-    values = checked(where, values, {n: Any if n in sections else h for n, h in hints.items()})
+    values = checked(prefix, values, {n: Any if n in sections else h for n, h in hints.items()})
     given = {
-        name: build(sections[name], f"{where}{dot}{name}", value) if name in sections else value
+        name: build(sections[name], f"{prefix}{name}.", value) if name in sections else value
         for name, value in values.items()
     }
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         required = field.default is dataclasses.MISSING
         if required and field.default_factory is dataclasses.MISSING and field.name not in given:
-            raise ValueError(f"{where}: a key {field.name!r} is needed")
+            raise ValueError(
+                f"{prefix}{field.name}: expected {name_of(hints[field.name])}, got none"
+            )
     try:
         return kind(**given)
     except (ValueError, TypeError) as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(where) else f"{where}{dot}{text}") from None
+        raise ValueError(f"{prefix}{error}") from None
