@@ -15,7 +15,14 @@ from pad_kernels.pipeline import models, yaml_file
 from pad_kernels.pipeline.settings import Settings
 
 #: Arguments that the command sets itself.
-OWN = ("output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint")
+OWN = (
+    "output_dir",
+    "seed",
+    "data_seed",
+    "use_cpu",
+    "resume_from_checkpoint",
+    "load_best_model_at_end",
+)
 #: What the command has for others where the file says nothing. Two checkpoints: the one before
 #: stays until the next is whole.
 DEFAULTS: dict[str, Any] = {"report_to": "none", "save_total_limit": 2}

@@ -66,11 +66,11 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         path = folder / MANIFEST
         identity = json.loads(json.dumps(identity))
-        if not path.exists():
-            strangers = [each.name for each in folder.iterdir() if _strange(each.name)]
-            if strangers:
-                expected = "a new or empty folder or one of this command's"
-                raise ValueError(f"{folder}: expected {expected}, got one with {strangers[0]!r}")
+        work = [each.name for each in folder.iterdir() if not _bookkeeping(each.name)]
+        if work and not path.exists():
+            expected = "a new or empty folder or one of this command's"
+            raise ValueError(f"{folder}: expected {expected}, got one with {work[0]!r}")
+        if not work:  # new, or only claimed: what went wrong then may have been a setting
             write_json(path, {"format": FORMAT, "identity": identity})
         manifest = read_manifest(path)
         for name in _difference(manifest["identity"], identity):
@@ -83,8 +83,8 @@ def claimed(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
         held.close()
 
 
-def _strange(name: str) -> bool:
-    return not name.startswith(MANIFEST) and name != LOCK
+def _bookkeeping(name: str) -> bool:
+    return name.startswith(MANIFEST) or name == LOCK
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def read(where: str, path: str) -> datasets.Dataset:
         ValueError: there is no such thing, it cannot be read or has no rows.
     """
     place = Path(path)
+    if not place.exists():
+        raise ValueError(f"{where}: there is no {path}")
     try:
         if (place / "state.json").is_file():
             return _checked(where, path, datasets.load_from_disk(path))
@@ -43,8 +45,6 @@ def read(where: str, path: str) -> datasets.Dataset:
             raise ValueError(f"{where}: expected {expected}, got {path}")
         tables = [_READERS[each.suffix](where, each) for each in files]
         table = pa.concat_tables(tables)
-    except FileNotFoundError:
-        raise ValueError(f"{where}: there is no {path}") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: {path} cannot be read: {first_line(error)}") from None
     found = datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers import TrainerState
 
 from pad_kernels.integrations import transformers as trainers
 from pad_kernels.pipeline import checkpoints, methods, models, parts, rows, sample
@@ -151,9 +152,20 @@ def fit(settings: Settings, work: Job) -> Path:
             print(f"going on from {state}")
         trainer = _trainer(settings, work, names, data, args)
         trainer.add_callback(checkpoints.Marker())
-        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+        _go_on(trainer, state)
         _save(trainer, final)
     return final
+
+
+def _go_on(trainer: Any, state: Path | None) -> None:
+    """Train from a checkpoint to the end; one that is the end is only loaded."""
+    if state is not None:
+        reached = TrainerState.load_from_json(str(state / "trainer_state.json"))
+        if reached.global_step >= reached.max_steps:  # Trainer would take another step
+            trainer._load_from_checkpoint(str(state))
+            trainer.state = reached
+            return
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
 
 
 def _identity(settings: Settings, work: Job, names: list[str]) -> dict[str, Any]:
@@ -250,7 +262,7 @@ def _save(trainer: Any, final: Path) -> None:
     model.save_pretrained(partial)
     trainer.tokenizer.save_pretrained(partial)
     history = [
-        {name: value for name, value in entry.items() if not name.endswith(_TIMES)}
+        {name: entry[name] for name in sorted(entry) if not name.endswith(_TIMES)}
         for entry in trainer.state.log_history
         if "train_runtime" not in entry  # of this process alone
     ]

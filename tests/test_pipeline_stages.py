@@ -1,0 +1,347 @@
+"""What each command computes, against the same written out densely."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("datasets")
+pytest.importorskip("yaml")
+
+import pipeline_toys as toys
+from trainer_toys import logprobs
+from transformers import AutoModelForCausalLM
+
+from pad_kernels import cli
+from pad_kernels.pipeline import questions, rows, sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    toys.fill(folder)
+    return folder
+
+
+@pytest.fixture
+def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(command: str, out: str, **changes: Any) -> Path:
+    """Run a command with some settings changed; returns its run's folder."""
+    toys.write_settings(Path(f"{out}.yaml"), out=out, **changes)
+    assert cli.main([command, f"{out}.yaml"]) == 0
+    return Path(out)
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    return list(rows.read("rows", str(path)))
+
+
+def model(name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name).eval()
+
+
+# The whole way, as a user goes it.
+
+
+def test_the_page_from_an_empty_folder(tmp_path: Path) -> None:
+    """The settings and commands of docs/pipelines.md as they stand, each in its own process."""
+    toys.fill(tmp_path)
+    text = DOCS.read_text()
+    (tmp_path / "run.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)[0])
+    toys.write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"w{i} w3"} for i in range(8)])
+    commands = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)[0].splitlines()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    assert [line.split()[1] for line in commands] == ["sample", "score", "train", "eval"]
+    for line in commands:
+        words = line.split("#")[0].split()
+        done = subprocess.run(
+            [sys.executable, "-m", "pad_kernels.cli", *words[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        left = line.split("-> ")[1].split(",")[0].strip()
+        assert (tmp_path / left).exists()
+    metrics = json.loads((tmp_path / "run/eval/metrics.json").read_text())
+    assert metrics.keys() == {"student", "pad"}
+    assert done.stdout.splitlines()[0].split()[:3] == ["model", "nll", "reward_chosen"]
+
+
+# sample.
+
+
+def test_samples_do_not_depend_on_their_batch(home: Path) -> None:
+    one = table(run("sample", "one", sample__batch_size=1, sample__shard_rows=20) / "samples")
+    found = table(run("sample", "many", sample__batch_size=7, sample__shard_rows=9) / "samples")
+    assert found == one
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in toys.pairs(20)]
+    assert [row["chosen"] for row in found] == [row["chosen"] for row in toys.pairs(20)]
+    assert len({row["sample_seed"] for row in found}) == 20
+    other = table(run("sample", "seeded", seed=1) / "samples")
+    assert [row["responses"] for row in other] != [row["responses"] for row in found]
+
+
+def test_samples_end_where_the_model_ends_them(home: Path) -> None:
+    tok, ends = toys.tokenizer(), 0
+    for row in table(run("sample", "ends", sample__temperature=3.0, sample__n=8) / "samples"):
+        assert len(row["responses"]) == 8
+        for ids, text, finished in zip(
+            row["responses"], row["texts"], row["finished"], strict=True
+        ):
+            assert 1 <= len(ids) <= 6 and finished == (ids[-1] == 2)
+            assert 2 not in ids[:-1] and (finished or len(ids) == 6)
+            assert text == tok.decode(ids, skip_special_tokens=True)
+            ends += finished
+    assert ends
+
+
+def test_the_likeliest_token_alone_is_a_greedy_search(home: Path) -> None:
+    student = model("student")
+    found = table(run("sample", "greedy", sample__top_k=1, sample__n=1) / "samples")
+    for row in found[:5]:
+        ids = toys.tokenizer()(row["prompt"])["input_ids"]
+        for token in row["responses"][0]:
+            assert int(student(torch.tensor([ids])).logits[0, -1].argmax()) == token
+            ids.append(token)
+
+
+def test_noise_samples_from_the_distribution() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, -torch.inf, -1.0])
+    count = 8000
+    noise = sample.Noise([3, 4], count // 2, torch.device("cpu"))
+    scores = noise(torch.zeros(count, 1), logits.expand(count, -1))
+    counts = scores.argmax(-1).bincount(minlength=5).double()
+    want = logits.softmax(-1).double() * count
+    assert counts[3] == 0
+    assert ((counts - want)[want > 0] ** 2 / want[want > 0]).sum() < 16.3  # chi2, 3: p = 0.001
+
+
+def test_the_teacher_may_answer_chats(home: Path) -> None:
+    tok = toys.tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}{{ '<s> ' + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}w7 {% endif %}"
+    )
+    for name in ("talker", "chatty"):
+        model("teacher").save_pretrained(name)
+        tok.save_pretrained(name)
+    changes = {"student": "chatty", "teacher": "talker", "sample__model": "teacher"}
+    found = table(run("sample", "chat", sample__chat=True, **changes) / "samples")
+    assert found[0]["prompt"] == [{"content": "w0 w1", "role": "user"}]
+    scored = table(run("score", "chat", score__calibration="nway", **changes) / "scored")
+    ids = tok("<s> w0 w1 w7")["input_ids"]
+    want = logprobs(model("teacher"), ids, found[0]["responses"][0]).mean().item()
+    assert scored[0]["teacher_logprob"][0] == pytest.approx(want, abs=1e-5)
+
+
+def test_prompts_without_room_are_dropped(home: Path) -> None:
+    long = {"prompt": " ".join(["w1"] * toys.CONTEXT)}
+    toys.write_rows(Path("long.jsonl"), [{"prompt": "w1"}, long, {"prompt": "w2"}])
+    changes = {"sample__prompts": "long.jsonl", "sample__overlong": "drop"}
+    found = table(run("sample", "dropped", **changes) / "samples")
+    assert [row["prompt"] for row in found] == ["w1", "w2"]
+    assert found[1]["sample_seed"] == sample.seed_of(0, 2)
+
+
+# score.
+
+
+def test_rewards_are_the_teachers_log_probs(home: Path) -> None:
+    out = run("sample", "plain")
+    run("score", "plain", score__calibration="none", score__alpha=0.0)
+    teacher, tok = model("teacher"), toys.tokenizer()
+    for row in table(out / "scored")[::5]:
+        ids = tok(row["prompt"])["input_ids"]
+        want = [logprobs(teacher, ids, each).mean().item() for each in row["responses"]]
+        assert row["teacher_logprob"] == pytest.approx(want, abs=1e-5)
+        assert row["rewards"] == row["teacher_logprob"]
+        assert "option_probability" not in row
+
+
+def letters(teacher: Any, request: str, texts: list[str]) -> list[float]:
+    """Probability of each option's letter after a question, densely."""
+    tok = toys.tokenizer()
+    text = questions.question(request, texts) + "\n\nAnswer:"
+    logits = teacher(torch.tensor([tok(text)["input_ids"]])).logits[0, -1]
+    ids = [tok.convert_tokens_to_ids(letter) for letter in "ABCD"[: len(texts)]]
+    return logits.softmax(-1)[ids].tolist()
+
+
+@pytest.mark.parametrize("calibration", ["nway", "pairwise"])
+def test_calibration_asks_the_teacher(calibration: str, home: Path) -> None:
+    out = run("sample", f"asked-{calibration}")
+    run("score", out.name, score__calibration=calibration, score__alpha=0.25)
+    teacher = model("teacher")
+    for row in table(out / "scored")[::5]:
+        ask = row["prompt"], row["texts"]
+        if calibration == "nway":
+            want = letters(teacher, *ask)
+        else:
+            total = [0.0] * 3
+            for i, j in ((0, 1), (0, 2), (1, 2)):
+                pair = letters(teacher, row["prompt"], [row["texts"][i], row["texts"][j]])
+                total[i] += pair[0] / 2
+                total[j] += pair[1] / 2
+            want = total
+        assert row["option_probability"] == pytest.approx(want, rel=1e-4)
+        for reward, mean, p in zip(row["rewards"], row["teacher_logprob"], want, strict=True):
+            floored = torch.tensor(max(p, 1e-8)).log().item()
+            assert reward == pytest.approx(0.25 * mean + 0.75 * floored, abs=1e-4)
+
+
+def test_letters_with_and_without_a_space() -> None:
+    class Decoder:
+        texts = ("A", "x", " A", "B", "  A", " a", "AB", " B", "A ")
+
+        def __len__(self) -> int:
+            return len(self.texts)
+
+        def batch_decode(self, ids: list[list[int]]) -> list[str]:
+            return [self.texts[i] for (i,) in ids]
+
+    assert questions.option_ids(Decoder(), 2) == [[0, 2], [3, 7]]
+    with pytest.raises(ValueError, match="the letter 'C'"):
+        questions.option_ids(Decoder(), 3)
+
+
+# train, cache, eval.
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        *((m, {}) for m in ("dckd", "kd", "sft", "dpo", "simpo", "orpo", "cpo", "kto")),
+        ("seqkd", {"train__data": None, "sample__model": "teacher"}),
+        ("adpa", {"train__data": None}),
+        ("adpa+", {}),
+        ("dpo", {"train__data": "best/scored"}),
+        ("dpo", {"reference": None, "train__lora": {"r": 2, "target_modules": "all-linear"}}),
+        ("kto", {"train__data": "best/scored", "reference": None}),
+        ("pad", {"train__data": "unscored.jsonl"}),
+    ],
+)
+def test_every_method_trains(
+    method: str, changes: dict[str, Any], home: Path, request: pytest.FixtureRequest
+) -> None:
+    out = "t-" + re.sub(r"\W+", "-", request.node.name)
+    options = {"train__data": "pairs.jsonl", "train__arguments__max_steps": 2, **changes}
+    if options["train__data"] is None:
+        run("sample", out, **changes)
+    if options["train__data"] == "best/scored" and not Path("best").is_dir():
+        run("sample", "best")
+        run("score", "best")
+    toys.write_rows(
+        Path("unscored.jsonl"), [{"prompt": "w1", "responses": ["w2", "w3 w4"]} for _ in range(9)]
+    )
+    toys.write_settings(Path(f"{out}.yaml"), out=out, **options)
+    assert cli.main(["train", f"{out}.yaml", "--method", method]) == 0
+    place = Path(out) / "train" / method
+    log = json.loads((place / "log.json").read_text())
+    assert len([entry for entry in log if "loss" in entry]) == 2
+    before, after = model("student").state_dict(), model(str(place / "final")).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    if "train__lora" in changes:
+        assert (place / "adapter" / "adapter_config.json").is_file()
+    if method == "adpa+":
+        assert len(table(place.with_name("adpa+.samples"))) == 20
+
+
+def test_best_and_worst_are_the_teachers(home: Path) -> None:
+    from pad_kernels.pipeline import methods
+
+    row = {"prompt": "p", "responses": ["a", "b", "c"], "rewards": [-2.0, -1.0, -3.0]}
+    data = methods.best_and_worst(rows.datasets.Dataset.from_list([row]))
+    assert data[0] == {"prompt": "p", "chosen": "b", "rejected": "c"}
+    each = methods.labelled(data)
+    assert Counter(zip(each["completion"], each["label"], strict=True)) == Counter(
+        [("b", True), ("c", False)]
+    )
+
+
+def test_a_teacher_on_disk_teaches_the_same(home: Path) -> None:
+    """With the whole vocabulary kept, it is the teacher; on other rows too."""
+    losses = {}
+    for name in ("model", "cache"):
+        changes = {
+            "train__method": "dckd",
+            "train__data": "pairs.jsonl",
+            "train__eval_data": "held-out.jsonl",
+            "train__teacher": name,
+            "train__arguments__eval_strategy": "steps",
+            "train__arguments__eval_steps": 3,
+            "cache__keep": toys.VOCAB,
+        }
+        if name == "cache":
+            run("cache", f"disk-{name}", **changes)
+        out = run("train", f"disk-{name}", **changes)
+        log = json.loads((out / "train/dckd/log.json").read_text())
+        losses[name] = [each.get("loss", each.get("eval_loss")) for each in log]
+    assert len(losses["model"]) == 8
+    assert losses["cache"] == pytest.approx(losses["model"], abs=1e-4)
+
+
+def test_eval_measures_what_it_says(home: Path) -> None:
+    scored = [
+        {"prompt": "w1 w2", "responses": ["w3 w4", "w5", "w6 w7 w8"], "rewards": [-1.0, -2.0, -3.0]}
+    ]
+    toys.write_rows(Path("scored.jsonl"), scored)
+    changes = {"eval__scored": "scored.jsonl", "eval__models": ["student", "reference"]}
+    out = run("eval", "measured", **changes)
+    found = json.loads((out / "eval/metrics.json").read_text())
+    tok, pairs = toys.tokenizer(), toys.pairs(5, 40)
+
+    def each(name: str, prompt: str, text: str) -> torch.Tensor:
+        return logprobs(model(name), tok(prompt)["input_ids"], [*tok(text)["input_ids"], 2])
+
+    for name in ("student", "reference"):
+        chosen = [each(name, row["prompt"], row["chosen"]) for row in pairs]
+        rejected = [each(name, row["prompt"], row["rejected"]) for row in pairs]
+        means = [[p.mean().item() for p in part] for part in (chosen, rejected)]
+        right = sum(a > b for a, b in zip(*means, strict=True)) / 5
+        ours = [each(name, "w1 w2", text).mean().item() for text in scored[0]["responses"]]
+        tau = sum(1 if ours[i] > ours[j] else -1 for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+        metrics = found[name]
+        assert metrics["nll"] == pytest.approx(-torch.cat(chosen).mean().item(), abs=1e-4)
+        assert metrics["reward_chosen"] == pytest.approx(sum(means[0]) / 5, abs=1e-4)
+        assert metrics["reward_rejected"] == pytest.approx(sum(means[1]) / 5, abs=1e-4)
+        assert metrics["preference_accuracy"] == pytest.approx(right)
+        assert metrics["kendall_tau"] == pytest.approx(tau)
+        assert metrics["best_agreement"] == (max(ours) == ours[0])
+        assert metrics["kl_chosen"] > 0
+    assert "dpo_loss" in found["reference"] and "dpo_loss" not in found["student"]
+
+
+def test_eval_measures_again_only_what_is_new(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("eval", "again", eval__models=["student", "reference"])
+    place = out / "eval" / "student.json"
+    known = json.loads(place.read_text())
+    known["metrics"]["nll"] = 77.0
+    place.write_text(json.dumps(known))
+    other = json.loads((out / "eval" / "reference.json").read_text())
+    other["of"] = {}
+    (out / "eval" / "reference.json").write_text(json.dumps({**other, "metrics": {"nll": 77.0}}))
+    run("eval", "again", eval__models=["student", "reference"])
+    found = json.loads((out / "eval/metrics.json").read_text())
+    assert found["student"]["nll"] == 77.0
+    assert found["reference"] == other["metrics"]
