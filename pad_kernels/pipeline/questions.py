@@ -23,7 +23,7 @@ def option_ids(tokenizer: Any, count: int) -> list[list[int]]:
     Raises:
         ValueError: no entry decodes to a letter.
     """
-    vocabulary = range(len(tokenizer))
+    vocabulary = range(len(tokenizer)) if count else ()
     found: dict[str, list[int]] = {letter: [] for letter in LETTERS[:count]}
     for index, text in enumerate(tokenizer.batch_decode([[i] for i in vocabulary])):
         letter = text[1:] if text[:1] == " " else text

@@ -45,6 +45,8 @@ def run(settings: Settings) -> Path:
         encoder, with_indices=True, remove_columns=data.column_names, desc="Tokenizing responses"
     )
     asked = _asked(data, options, encoder)
+    options_of_one = max((len(group) for each in asked for group in each), default=0)
+    letters = questions.option_ids(tokenizer, options_of_one)
     identity = {
         "stage": "score",
         "settings": as_dict(options),
@@ -62,7 +64,7 @@ def run(settings: Settings) -> Path:
 
     def make(start: int, stop: int, advance: Callable[[int], Any]) -> dict[str, pa.Array]:
         if not scorer:
-            scorer.append(Scorer(models.teacher("teacher", settings), options, tokenizer))
+            scorer.append(Scorer(models.teacher("teacher", settings), options, letters))
         columns: dict[str, list[Any]] = {}
         for i in range(start, stop, options.batch_size):
             j = min(i + options.batch_size, stop)
@@ -119,16 +121,13 @@ class Scorer:
     Args:
         teacher: the model.
         options: what to compute.
-        tokenizer: its own.
+        letters: for each option's letter the ids that stand for it; none without questions.
     """
 
-    def __init__(self, teacher: ModelTeacher, options: Score, tokenizer: Any) -> None:
+    def __init__(self, teacher: ModelTeacher, options: Score, letters: list[list[int]]) -> None:
         self.teacher, self.options = teacher, options
         self.device = next(teacher.model.parameters()).device
-        count = 2 if options.calibration == "pairwise" else len(questions.LETTERS)
-        self.letters: list[list[int]] = []
-        if options.calibration != "none":
-            self.letters = questions.option_ids(tokenizer, count)
+        self.letters = letters
 
     @torch.inference_mode()
     def __call__(
