@@ -13,6 +13,8 @@ from tokenizers import models as cores
 from trainer_toys import VOCAB, llama
 from transformers import PreTrainedTokenizerFast
 
+from pad_kernels import cli
+
 CONTEXT = 160
 #: Letters among the words: a teacher must be able to answer A or B.
 WORDS = ["A", "B", "C", "D", *(f"w{i}" for i in range(VOCAB - 7))]
@@ -95,3 +97,15 @@ def write_settings(path: Path, **changes: Any) -> None:
         else:
             home[place] = value
     path.write_text(yaml.safe_dump(values))
+
+
+def refused(capsys: Any, command: str, *parts: str) -> None:
+    """The command fails with one line that has these parts."""
+    capsys.readouterr()
+    assert cli.main(command.split()) == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line.startswith("pad-kernels: ")]
+    assert len(lines) == 1 and errors.splitlines()[-1] == lines[0], errors
+    assert "Traceback" not in errors
+    for part in (command.split()[1], *parts):
+        assert part in lines[0], lines[0]

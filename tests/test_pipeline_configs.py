@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,17 @@ def test_arguments_are_the_trainers(path: Path, tmp_path: Path) -> None:
     if found.score is not None:
         args = methods.arguments(found, "pad", section.arguments_of("pad"), tmp_path)
         assert (args.beta, args.kind) == (10.0, "jsd")
+
+
+def test_the_page_s_other_settings(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+    block = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)[1]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"student: a\nout: b\n{block}")
+    section = train.section(settings.read(path))
+    assert section.arguments_of("dckd")["learning_rate"] == 5e-6
+    args = methods.arguments(settings.read(path), "adpa", section.arguments_of("adpa"), tmp_path)
+    assert (args.gamma, args.learning_rate) == (1.0, 1e-6)
 
 
 @pytest.mark.parametrize("method", ["sft", "dckd", "adpa"])

@@ -162,6 +162,53 @@ def test_prompts_without_room_are_dropped(home: Path) -> None:
     assert found[1]["sample_seed"] == sample.seed_of(0, 2)
 
 
+def test_all_of_a_models_ends_count(home: Path) -> None:
+    student = model("student")
+    student.generation_config.eos_token_id = [2, *range(100, 200)]
+    student.generation_config.repetition_penalty = 9.0  # not asked for: not used
+    student.save_pretrained("ending")
+    toys.tokenizer().save_pretrained("ending")
+    found = table(run("sample", "ending-run", student="ending") / "samples")
+    flat = [ids for row in found for ids in row["responses"]]
+    last = {ids[-1] for ids in flat}
+    assert last & {*range(100, 200)}
+    assert not any(100 <= each < 200 for ids in flat for each in ids[:-1])
+    first = [row["responses"][0][0] for row in table(run("sample", "usual") / "samples")]
+    assert [row["responses"][0][0] for row in found] == first
+
+
+def test_rows_in_every_format(home: Path) -> None:
+    want = toys.pairs(4)
+    data = rows.datasets.Dataset.from_list(want)
+    data.save_to_disk("on-disk")
+    Path("several").mkdir()
+    data.select(range(3)).to_parquet("several/a.parquet")
+    toys.write_rows(Path("several/b.jsonl"), want[3:])
+    data.to_parquet("one.parquet")
+    toys.write_rows(Path("one.jsonl"), want)
+    for path in ("on-disk", "several", "one.parquet", "one.jsonl"):
+        assert table(Path(path)) == want
+    rows.datasets.DatasetDict(train=data).save_to_disk("splits")
+    with pytest.raises(ValueError, match="rows: expected"):
+        rows.read("rows", "splits")
+
+
+def test_large_files_are_known_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "WHOLE", 1000)
+    monkeypatch.setattr(rows, "PIECE", 10)
+    data = bytearray(range(250)) * 8
+    seen = set()
+    for place in (None, 0, len(data) - 1):
+        changed = bytearray(data)
+        if place is not None:
+            changed[place] ^= 1
+        (tmp_path / "file").write_bytes(changed)
+        seen.add(rows.fingerprint(tmp_path / "file"))
+    (tmp_path / "file").write_bytes(data + b"x")
+    seen.add(rows.fingerprint(tmp_path))
+    assert len(seen) == 4
+
+
 # score.
 
 
@@ -277,25 +324,38 @@ def test_best_and_worst_are_the_teachers(home: Path) -> None:
     )
 
 
-def test_a_teacher_on_disk_teaches_the_same(home: Path) -> None:
-    """With the whole vocabulary kept, it is the teacher; on other rows too."""
+@pytest.mark.parametrize(
+    ("method", "data", "keep"),
+    [
+        ("dckd", "pairs.jsonl", toys.VOCAB),
+        ("dckd", "pairs.jsonl", "hidden"),
+        ("adpa", "own.jsonl", toys.VOCAB),
+        ("pad", "unscored.jsonl", "hidden"),
+    ],
+)
+def test_a_teacher_on_disk_teaches_the_same(method: str, data: str, keep: Any, home: Path) -> None:
+    """With the whole vocabulary kept, it is the teacher; on rows to evaluate on too."""
+    unscored = [{"prompt": f"w{i}", "responses": ["w2", f"w3 w{i}"]} for i in range(9)]
+    toys.write_rows(Path("unscored.jsonl"), unscored)
+    toys.write_rows(Path("own.jsonl"), [{**row, "chosen": "w4 w5"} for row in unscored])
     losses = {}
     for name in ("model", "cache"):
         changes = {
-            "train__method": "dckd",
-            "train__data": "pairs.jsonl",
-            "train__eval_data": "held-out.jsonl",
+            "train__method": method,
+            "train__data": data,
+            "train__eval_data": data if method != "dckd" else "held-out.jsonl",
             "train__teacher": name,
             "train__arguments__eval_strategy": "steps",
-            "train__arguments__eval_steps": 3,
-            "cache__keep": toys.VOCAB,
+            "train__arguments__eval_steps": 2,
+            "train__arguments__max_steps": 2,
+            "cache__keep": keep,
         }
         if name == "cache":
-            run("cache", f"disk-{name}", **changes)
-        out = run("train", f"disk-{name}", **changes)
-        log = json.loads((out / "train/dckd/log.json").read_text())
+            run("cache", f"disk-{method}-{keep}-{name}", **changes)
+        out = run("train", f"disk-{method}-{keep}-{name}", **changes)
+        log = json.loads((out / "train" / method / "log.json").read_text())
         losses[name] = [each.get("loss", each.get("eval_loss")) for each in log]
-    assert len(losses["model"]) == 8
+    assert len(losses["model"]) == 3
     assert losses["cache"] == pytest.approx(losses["model"], abs=1e-4)
 
 

@@ -45,10 +45,11 @@ def run(settings: Settings) -> Path:
     folders = _models(settings, options)
     datasets.disable_progress_bars()  # one bar is enough
     logging.disable_progress_bar()
-    found = {
-        name: _once(folder / f"{name}.json", judge.identity(path), judge, path)
-        for name, path in tqdm(folders.items(), desc="eval", unit="model")
-    }
+    found = {}
+    with tqdm(total=len(folders), desc="eval", unit="model") as bar:
+        for name, path in folders.items():
+            found[name] = _once(folder / f"{name}.json", judge.identity(path), judge, path)
+            bar.update()
     parts.write_json(folder / "metrics.json", found)
     print(table(found))
     return folder / "metrics.json"
@@ -146,13 +147,17 @@ class _Judge:
             report_to=methods.DEFAULTS["report_to"],
             **args,
         )
-        judge = getattr(trainers, trainer)(
-            model,
-            arguments,
-            processing_class=models.tokenizer("eval.models", path),
-            eval_dataset=data,
-            **given,
-        )
+        try:
+            judge = getattr(trainers, trainer)(
+                model,
+                arguments,
+                processing_class=models.tokenizer("eval.models", path),
+                eval_dataset=data,
+                **given,
+            )
+        except ValueError as error:
+            name = "eval.pairs" if data is self.pairs else "eval.scored"
+            raise ValueError(str(error).replace("eval_dataset", name, 1)) from error
         judge.remove_callback(PrinterCallback)
         return judge
 

@@ -75,12 +75,13 @@ def teacher(where: str, settings: Settings) -> ModelTeacher:
     """A teacher with its tokenizer.
 
     Args:
-        where: "teacher" or "reference".
+        where: "teacher" or "reference"; or "student", as a reference for itself.
         settings: of the run.
     """
     path = getattr(settings, where)
     model = load(where, path, settings)
-    return ModelTeacher(model, tokenizer(where, settings.teacher_tokenizer or path))
+    other = settings.teacher_tokenizer if where != "student" else None
+    return ModelTeacher(model, tokenizer(where, other or path))
 
 
 def check_tokenizers(settings: Settings, *names: str) -> None:

@@ -7,7 +7,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -44,9 +43,10 @@ def run(settings: Settings) -> Path:
     encoded = data.map(
         encoder, with_indices=True, remove_columns=data.column_names, desc="Tokenizing responses"
     )
-    asked = _asked(data, options, encoder)
-    options_of_one = max((len(group) for each in asked for group in each), default=0)
-    letters = questions.option_ids(tokenizer, options_of_one)
+    sizes = [len(each) for each in encoded["response_ids"]]
+    _check_counts(sizes, options.calibration)
+    shown = {"none": 0, "pairwise": 2, "nway": max(sizes)}[options.calibration]
+    letters = questions.option_ids(tokenizer, shown)
     identity = {
         "stage": "score",
         "settings": as_dict(options),
@@ -68,7 +68,8 @@ def run(settings: Settings) -> Path:
         columns: dict[str, list[Any]] = {}
         for i in range(start, stop, options.batch_size):
             j = min(i + options.batch_size, stop)
-            found = scorer[0](encoded.select(range(i, j)).to_list(), asked[i:j])
+            asked = [_asked(data[k], k, options.calibration, encoder) for k in range(i, j)]
+            found = scorer[0](encoded.select(range(i, j)).to_list(), asked)
             for name, values in found.items():
                 columns.setdefault(name, []).extend(values)
             advance(j - i)
@@ -84,35 +85,40 @@ class Asked(dict[tuple[int, ...], list[int]]):
     """A prompt's questions: which responses each shows, and its ids."""
 
 
-def _asked(data: datasets.Dataset, options: Score, encoder: Encoder) -> list[Asked]:
-    """All questions, so that one that is too long is found before the teacher runs."""
-    if options.calibration == "none":
-        return [Asked() for _ in range(len(data))]
-    most = 2 if options.calibration == "pairwise" else len(questions.LETTERS)
-    tokenizer, found = encoder.tokenizer, []
-    for index, row in enumerate(data):
-        texts = [questions.plain(each, tokenizer) for each in row.get("texts") or row["responses"]]
-        if len(texts) < 2 or (options.calibration == "nway" and len(texts) > most):
-            limit = "at least 2" if options.calibration == "pairwise" else f"2 to {most}"
+def _check_counts(sizes: list[int], calibration: str) -> None:
+    """Refuse rows with too few responses for a question, or too many."""
+    if calibration == "none":
+        return
+    most = len(questions.LETTERS) if calibration == "nway" else max(sizes)
+    for index, size in enumerate(sizes):
+        if not 2 <= size <= most:
+            limit = f"2 to {most}" if calibration == "nway" else "at least 2"
             raise ValueError(
                 f"score.responses, column 'responses', row {index}: expected {limit} responses for "
-                f"calibration: {options.calibration}, got {len(texts)}"
+                f"calibration: {calibration}, got {size}"
             )
-        request = questions.plain(row["prompt"], tokenizer)
-        talk = not isinstance(row["prompt"], str)
-        asked = Asked()
-        for group in questions.shown(options.calibration, len(texts)):
-            text = questions.question(request, [texts[i] for i in group])
-            ids = encoder.prompt(questions.prompt(text, tokenizer, talk=talk), index)
-            if encoder.limit is not None and len(ids) > encoder.limit:
-                raise ValueError(
-                    f"score.responses, row {index}: expected a question of at most the teacher's "
-                    f"context, {encoder.limit} tokens, got {len(ids)}; pairwise ones are shorter "
-                    "than nway"
-                )
-            asked[group] = ids
-        found.append(asked)
-    return found
+
+
+def _asked(row: Mapping[str, Any], index: int, calibration: str, encoder: Encoder) -> Asked:
+    """The questions about a row; made when they are due, since all together would be large."""
+    asked = Asked()
+    if calibration == "none":
+        return asked
+    tokenizer = encoder.tokenizer
+    texts = [questions.plain(each, tokenizer) for each in row.get("texts") or row["responses"]]
+    request = questions.plain(row["prompt"], tokenizer)
+    talk = not isinstance(row["prompt"], str)
+    for group in questions.shown(calibration, len(texts)):
+        text = questions.question(request, [texts[i] for i in group])
+        ids = encoder.prompt(questions.prompt(text, tokenizer, talk=talk), index)
+        if encoder.limit is not None and len(ids) > encoder.limit:
+            raise ValueError(
+                f"score.responses, row {index}: expected a question of at most the teacher's "
+                f"context, {encoder.limit} tokens, got {len(ids)}; pairwise ones are shorter than "
+                "nway"
+            )
+        asked[group] = ids
+    return asked
 
 
 class Scorer:
