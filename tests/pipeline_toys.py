@@ -11,9 +11,10 @@ import yaml
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as cores
 from trainer_toys import VOCAB, llama
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pad_kernels import cli
+from pad_kernels.pipeline import rows
 
 CONTEXT = 160
 #: Letters among the words: a teacher must be able to answer A or B.
@@ -109,3 +110,18 @@ def refused(capsys: Any, command: str, *parts: str) -> None:
     assert "Traceback" not in errors
     for part in (command.split()[1], *parts):
         assert part in lines[0], lines[0]
+
+
+def run(command: str, out: str, **changes: Any) -> Path:
+    """Run a command with some settings changed; returns its run's folder."""
+    write_settings(Path(f"{out}.yaml"), out=out, **changes)
+    assert cli.main([command, f"{out}.yaml"]) == 0
+    return Path(out)
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    return list(rows.read("rows", str(path)))
+
+
+def model(name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name).eval()
