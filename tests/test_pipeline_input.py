@@ -196,6 +196,13 @@ def test_arguments(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         refused(capsys, "train x.yaml", *parts)
 
 
+def test_several_processes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, "train run.yaml", "train: expected one process", "got 2")
+
+
 def test_settings_that_contradict_each_other(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

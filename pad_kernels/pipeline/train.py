@@ -41,6 +41,9 @@ class Job:
 def run(settings: Settings) -> Path:
     """The command; returns the folder of the trained student."""
     options = section(settings)
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise ValueError(f"train: expected one process (for more, use the trainers), got {ranks}")
     folder = settings.folder("train") / options.method
     if options.method != "adpa+":
         return fit(settings, job(settings))
