@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ pytest.importorskip("safetensors", reason="the cache needs pip install 'pad-kern
 pytest.importorskip("tqdm", reason="the cache needs pip install 'pad-kernels[cache]'")
 
 from cache_toy import BATCH, INFO, ROWS, VOCAB, K, hidden, length, run, weight, write
+from doc_pages import Page
 
 from pad_kernels.cache import TeacherCache, TeacherCacheWriter, tokenizer_hash
 
@@ -394,10 +394,6 @@ def test_the_core_does_not_import_the_cache() -> None:
 
 
 def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs/cache.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    assert blocks
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "page.py").write_text("\n".join(blocks))
-    runpy.run_path(str(tmp_path / "page.py"))
+    Page("docs/cache.md").run()
     assert list(tmp_path.glob("*/manifest.json"))

@@ -6,7 +6,9 @@ a time, without padding, takes its logits to float32 and writes each published f
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +54,18 @@ def llama(seed: int = 0, *, tied: bool = False, hidden: int = 32, vocab: int = V
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, tie_word_embeddings=tied, **_SHAPE)
     return LlamaForCausalLM(config)
+
+
+def write_folders() -> None:
+    """A student, a teacher and pairs.jsonl in the working directory, as pages begin with."""
+    for name, hidden in (("student", 32), ("teacher", 48)):
+        llama(3, hidden=hidden).save_pretrained(name)
+        tokenizer().save_pretrained(name)
+    rows = [
+        {"prompt": f"w{i} w{i + 1}", "chosen": f"w{i + 2}", "rejected": f"w{i} w{i}"}
+        for i in range(16)
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def gemma(seed: int = 0, *, hidden: int = 32) -> Any:
