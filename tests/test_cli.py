@@ -109,10 +109,19 @@ def test_demo_names_the_missing_packages(
     code, out, err = run(capsys, "demo", "--out", str(tmp_path / "new"))
     assert code == 2 and not out
     assert err.splitlines() == [
-        "pad-kernels: the demo needs transformers, tqdm; install with: "
+        "pad-kernels: the demo needs transformers>=5, tqdm; install with: "
         "pip install 'pad-kernels[demo]'"
     ]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("installed", "found"), [("4.57.1", ["transformers>=5"]), ("5.0.0", [])])
+def test_demo_needs_a_new_transformers(
+    installed: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_package, "find_spec", lambda name: 1)
+    monkeypatch.setattr(demo_package, "version", lambda name: installed)
+    assert demo_package.missing_packages() == found
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", str(2**31)])

@@ -1,7 +1,5 @@
 """The demo in miniature, end to end, and its pieces."""
 
-# ruff: noqa: E402 - the demo can only be imported where its packages are
-
 from __future__ import annotations
 
 import dataclasses
@@ -16,8 +14,10 @@ from types import ModuleType
 import pytest
 import torch
 
-for _package in ("transformers", "tokenizers", "tqdm", "matplotlib", "jinja2"):
-    pytest.importorskip(_package)
+from pad_kernels.demo import missing_packages
+
+if missing_packages():
+    pytest.skip(f"needs {missing_packages()}", allow_module_level=True)
 
 from pad_kernels import cli
 from pad_kernels.demo import (

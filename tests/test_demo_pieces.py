@@ -1,9 +1,8 @@
 """The demo's pieces one by one: training, sampling, preference losses, measurements."""
 
-# ruff: noqa: E402 - the demo can only be imported where its packages are
-
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -12,14 +11,31 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-for _package in ("transformers", "tokenizers", "tqdm", "matplotlib", "jinja2"):
-    pytest.importorskip(_package)
+from pad_kernels.demo import missing_packages
 
-from pad_kernels.demo import measure, models, plots, preference, pretrain, step_cost
-from pad_kernels.demo.models import IGNORE, LanguageModel
+if missing_packages():
+    pytest.skip(f"needs {missing_packages()}", allow_module_level=True)
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel
+
+from pad_kernels.demo import (
+    corpus,
+    measure,
+    models,
+    plots,
+    preference,
+    pretrain,
+    sampling,
+    step_cost,
+)
+from pad_kernels.demo.models import IGNORE
 from pad_kernels.demo.outcome import Estimate
-from pad_kernels.demo.sampling import EOS, Responses, sample
-from pad_kernels.demo.settings import SMALL
+from pad_kernels.demo.sampling import EOS, Responses, draw, sample
+from pad_kernels.demo.settings import METHODS, SMALL
+
+VOCABULARY = 1000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,8 +48,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def model() -> LanguageModel:
-    return LanguageModel(models.build(SMALL.student, SMALL), 1000)
+def model() -> PreTrainedModel:
+    return models.build(SMALL.student, SMALL, VOCABULARY)
 
 
 # Models, training, sampling
@@ -52,41 +68,35 @@ def test_schedule_warms_up_and_decays() -> None:
     assert rates[11:] == sorted(rates[11:], reverse=True) and 0.05 < rates[-1] < 0.06
 
 
-def test_model_agrees_with_its_own_logits(model: LanguageModel) -> None:
+def test_model_agrees_with_its_own_logits(model: PreTrainedModel) -> None:
     torch.manual_seed(5)
-    ids = torch.randint(3, 1000, (2, 9))
-    logits = model.model(input_ids=ids[:, :-1]).logits[..., :1000]
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    logits = model(input_ids=ids[:, :-1]).logits
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(model.logprob(ids[:, :-1], ids[:, 1:]), expected)
-    loss = model.cross_entropy(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(models.logprob(model, ids[:, :-1], ids[:, 1:]), expected)
+    loss = models.cross_entropy(model, ids[:, :-1], ids[:, 1:])
     torch.testing.assert_close(loss, -expected.mean())
-    states = model.hidden(ids[:, :-1])[:, -1]
-    torch.testing.assert_close(model.next_token_logits(states), logits[:, -1])
-    assert model.weight is model.model.get_input_embeddings().weight
 
 
-def test_muon_gets_the_body_and_adamw_the_rest(model: LanguageModel) -> None:
+def test_muon_gets_the_body_and_adamw_the_rest(model: PreTrainedModel) -> None:
     muon, adamw = pretrain.muon_and_adamw(model, SMALL.student)
     groups = [[p for group in each.param_groups for p in group["params"]] for each in (muon, adamw)]
     assert len(groups[0]) == 7 * SMALL.student.layers
     assert sum(p.numel() for p in itertools.chain(*groups)) == sum(
         p.numel() for p in model.parameters()
     )
-    assert any(p is model.weight for p in groups[1])
+    assert any(p is model.get_input_embeddings().weight for p in groups[1])
 
 
 def test_sampling_masks_prompt_and_what_follows_the_end(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = LanguageModel.next_token_logits
+    def eager_to_stop(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        logits[:, EOS] += 6.0
+        return draw(logits, generator)
 
-    def eager_to_stop(self: LanguageModel, states: torch.Tensor) -> torch.Tensor:
-        found = logits(self, states)
-        found[:, EOS] += 6.0
-        return found
-
-    monkeypatch.setattr(LanguageModel, "next_token_logits", eager_to_stop)
-    prompts = torch.randint(3, 1000, (5, SMALL.prompt_tokens))
+    monkeypatch.setattr(sampling, "draw", eager_to_stop)
+    prompts = torch.randint(3, VOCABULARY, (5, SMALL.prompt_tokens))
     found = sample(model, prompts, SMALL, seed=1, n=6)
     width = SMALL.prompt_tokens + SMALL.response_tokens - 1
     assert found.inputs.shape == found.labels.shape == (5, 6, width)
@@ -103,15 +113,15 @@ def test_sampling_masks_prompt_and_what_follows_the_end(
     assert torch.equal(found.labels[..., :-1][counted], found.inputs[..., 1:][counted])
 
 
-def test_sampling_follows_its_seed_and_the_model(model: LanguageModel) -> None:
-    prompts = torch.randint(3, 1000, (3, SMALL.prompt_tokens))
+def test_sampling_follows_its_seed_and_the_model(model: PreTrainedModel) -> None:
+    prompts = torch.randint(3, VOCABULARY, (3, SMALL.prompt_tokens))
     first, again, other = (sample(model, prompts, SMALL, seed) for seed in (7, 7, 8))
     assert torch.equal(first.inputs, again.inputs)
     assert not torch.equal(first.inputs, other.inputs)
     cold = dataclasses.replace(SMALL, temperature=1e-4)
     greedy = sample(model, prompts, cold, 0, n=1).inputs[:, 0]
     for length in range(SMALL.prompt_tokens, greedy.shape[1]):  # without the cache
-        logits = model.next_token_logits(model.hidden(greedy[:, :length])[:, -1])
+        logits = model(input_ids=greedy[:, :length]).logits[:, -1]
         assert torch.equal(logits.argmax(-1), greedy[:, length])
         if (greedy[:, length] == EOS).any():
             break
@@ -122,26 +132,26 @@ def test_sampling_follows_its_seed_and_the_model(model: LanguageModel) -> None:
 
 def make_responses(groups: int = 3, n: int = 4) -> Responses:
     torch.manual_seed(11)
-    ids = torch.randint(3, 1000, (groups, n, 13))
+    ids = torch.randint(3, VOCABULARY, (groups, n, 13))
+    ids[..., :5] = ids[:, :1, :5]  # the prompt
     labels = ids[..., 1:].clone()
     labels[..., :4] = IGNORE
     labels[0, 1, 9:] = IGNORE
     return Responses(ids[..., :-1], labels)
 
 
-def test_score_is_the_mean_logprob(model: LanguageModel) -> None:
+def test_score_is_the_mean_logprob(model: PreTrainedModel) -> None:
     responses = make_responses()
-    logprob = model.logprob(responses.inputs, responses.labels).detach()
+    logprob = models.logprob(model, responses.inputs, responses.labels).detach()
     sums, counts = logprob.sum(-1), responses.lengths()
     torch.testing.assert_close(preference.score(model, responses), sums / counts)
     torch.testing.assert_close(preference.score(model, responses, "none"), sums)
 
 
-def test_pad_loss_is_the_dense_pad_loss(model: LanguageModel) -> None:
-    model = LanguageModel(model.model, SMALL.vocab_size)  # the dense step has no vocab_size
+def test_pad_loss_is_the_dense_pad_loss(model: PreTrainedModel) -> None:
     responses, rewards = make_responses(), torch.randn(3, 4) * 0.3 - 6
     gradients, values = [], []
-    for loss in (preference.pad_loss, step_cost.dense_pad_loss):
+    for loss in (step_cost.pad_loss, step_cost.dense_pad_loss):
         value = loss(model, responses, rewards, SMALL)
         gradients.append(torch.autograd.grad(value, list(model.parameters())))
         values.append(value.detach())
@@ -150,67 +160,67 @@ def test_pad_loss_is_the_dense_pad_loss(model: LanguageModel) -> None:
         torch.testing.assert_close(ours, dense, rtol=1e-3, atol=1e-5)
 
 
-def test_pair_losses_by_hand(model: LanguageModel) -> None:
-    pairs = make_responses(n=2)
-    sums, means = (preference.score(model, pairs, how) for how in ("none", "length"))
-    reference = sums + torch.tensor([[0.5, -1.0]])
-    margin = 0.1 * ((sums - reference)[:, 0] - (sums - reference)[:, 1])
-    expected = -torch.nn.functional.logsigmoid(margin).mean()
-    found = preference.pair_loss(model, pairs, reference, "dpo", SMALL)
-    torch.testing.assert_close(found, expected)
-    margin = SMALL.simpo.beta * (means[:, 0] - means[:, 1]) - SMALL.simpo.gamma
-    expected = -torch.nn.functional.logsigmoid(margin).mean()
-    found = preference.pair_loss(model, pairs, reference, "simpo", SMALL)
-    torch.testing.assert_close(found, expected)
+def test_responses_come_apart_again() -> None:
+    responses = make_responses()
+    ends = [[13, 13, 13, 13], [13, 13, 13, 13], [13, 13, 13, 13]]
+    ends[0][1] = 10
+    for group, prompt in enumerate(responses.prompts()):
+        for i, response in enumerate(responses.continuations()[group]):
+            whole = [*responses.inputs[group, i].tolist(), responses.labels[group, i, -1].item()]
+            assert prompt + response == whole[: ends[group][i]] and len(prompt) == 5
 
 
-def test_pairs_are_the_teachers_best_and_worst() -> None:
+def test_pairs_are_the_teachers_best_and_worst(model: PreTrainedModel) -> None:
     rewards = torch.tensor([[-3.0, -1.0, -2.0, -4.0], [-1.0, -2.0, -3.0, -2.5]])
-    chosen = preference.best_and_worst(rewards)
-    assert chosen.tolist() == [[1, 3], [0, 2]]
+    assert preference.best_and_worst(rewards).tolist() == [[1, 3], [0, 2]]
     responses = make_responses(groups=2)
-    pairs = responses.select(torch.arange(2), chosen)
-    assert torch.equal(pairs.inputs[0, 1], responses.inputs[0, 3])
-    assert torch.equal(pairs.labels[1, 0], responses.labels[1, 0])
+    written = responses.continuations()
+    pairs = preference.rows(model, "simpo", responses, rewards)
+    assert [each["prompt"] for each in pairs] == responses.prompts()
+    assert [each["chosen"] for each in pairs] == [written[0][1], written[1][0]]
+    assert [each["rejected"] for each in pairs] == [written[0][3], written[1][2]]
+    (first, _) = preference.rows(model, "dpo", responses, rewards)
+    sums = preference.score(model, responses, "none")[0]
+    assert first.pop("ref_chosen_logps") == pytest.approx(sums[1].item())
+    assert first.pop("ref_rejected_logps") == pytest.approx(sums[3].item())
+    assert first == pairs[0]
 
 
-def test_training_leaves_the_student_alone(model: LanguageModel) -> None:
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    seen: list[int] = []
+def losses_by_hand(model: PreTrainedModel, responses: Responses, rewards: torch.Tensor) -> dict:
+    means = preference.score(model, responses).gather(1, preference.best_and_worst(rewards))
+    margin = SMALL.simpo.beta * (means[:, 0] - means[:, 1]) - SMALL.simpo.gamma
+    return {
+        "pad": step_cost.dense_pad_loss(model, responses, rewards, SMALL).item(),
+        "dpo": math.log(2),  # the student is the reference
+        "simpo": -torch.nn.functional.logsigmoid(margin).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_training(kind: str, model: PreTrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    before = copy.deepcopy(model.state_dict())
+    steps: list[int] = []
+    notes: list[str] = []
+    responses, rewards = make_responses(), torch.randn(3, 4) * 0.3 - 6
+    words = [corpus.PAD, corpus.BOS, corpus.EOS, *(f"w{i}" for i in range(VOCABULARY - 3))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = corpus.for_transformers(Tokenizer(WordLevel(vocabulary)))
     trained, seconds = preference.train(
-        model, "dpo", make_responses(), torch.randn(3, 4), SMALL,
-        lambda note: None, lambda each, step: seen.append(step),
+        model, kind, responses, rewards, tokenizer, SMALL,
+        notes.append, lambda each, step: steps.append(step),
     )  # fmt: skip
-    assert seen == [0, 2, 4] and seconds > 0
-    for old, now in zip(before, model.parameters(), strict=True):
-        assert torch.equal(old, now)
-    assert not torch.equal(before[0], next(trained.parameters()))
-    assert trained.weight is trained.model.get_input_embeddings().weight
+    assert steps == [0, 2, 4] and seconds > 0
+    # A step has room for all three prompts, so the first loss is that of all of them.
+    expected = losses_by_hand(model, responses, rewards)[kind]
+    assert len(notes) == SMALL.preference_steps and notes[0] == f"{kind} loss {expected:.3f}"
+    assert float(notes[-1].split()[-1]) < expected
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert not torch.equal(value, trained.state_dict()[name])
+    assert capsys.readouterr() == ("", "")
 
 
 # Measuring
-
-
-def brute_tau(first: list[float], second: list[float]) -> float:
-    concordant, untied = 0.0, [0, 0]
-    for i, j in itertools.combinations(range(len(first)), 2):
-        a = (first[i] > first[j]) - (first[i] < first[j])
-        b = (second[i] > second[j]) - (second[i] < second[j])
-        concordant += a * b
-        untied = [untied[0] + abs(a), untied[1] + abs(b)]
-    return concordant / math.sqrt(untied[0] * untied[1]) if all(untied) else 0.0
-
-
-def test_kendall_tau() -> None:
-    generator = torch.Generator().manual_seed(3)
-    first = torch.randint(0, 6, (40, 5), generator=generator).float()  # with ties
-    second = torch.randn(40, 5, generator=generator)
-    expected = [brute_tau(a, b) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
-    torch.testing.assert_close(measure.kendall_tau(first, second), torch.tensor(expected))
-    order = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    assert measure.kendall_tau(order, 2 * order).item() == 1
-    assert measure.kendall_tau(order, -order).item() == -1
-    assert measure.kendall_tau(order, torch.ones(1, 4)).item() == 0
 
 
 def test_estimate() -> None:

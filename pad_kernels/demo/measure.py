@@ -7,29 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import pad_kernels as pk
-from pad_kernels.demo.models import LanguageModel
 from pad_kernels.demo.outcome import Estimate, Result
 from pad_kernels.demo.preference import score
 from pad_kernels.demo.sampling import Responses, sample
 from pad_kernels.demo.settings import Settings
-
-
-def kendall_tau(first: Tensor, second: Tensor) -> Tensor:
-    """Kendall's tau-b of each row of two [groups, n] tensors; 0 where one of them is all ties.
-
-    (concordant − discordant pairs) / sqrt(pairs untied in the first · pairs untied in the second),
-    Kendall 1945.
-
-    >>> kendall_tau(torch.tensor([[1.0, 2, 3]]), torch.tensor([[1.0, 3, 2]]))
-    tensor([0.3333])
-    """
-    left, right = torch.triu_indices(first.shape[-1], first.shape[-1], offset=1)
-    a = torch.sign(first[:, left] - first[:, right])
-    b = torch.sign(second[:, left] - second[:, right])
-    untied = a.abs().sum(-1) * b.abs().sum(-1)
-    return (a * b).sum(-1) / untied.clamp(min=1).sqrt()
+from pad_kernels.integrations.transformers.metrics import kendall_tau
 
 
 @dataclass(frozen=True)
@@ -41,13 +26,14 @@ class HeldOut:
     teacher_rewards: Tensor
 
     @torch.no_grad()
-    def ranking(self, model: LanguageModel, settings: Settings) -> tuple[Tensor, Tensor]:
+    def ranking(self, model: PreTrainedModel, settings: Settings) -> tuple[Tensor, Tensor]:
         """Listwise loss and Kendall's tau against the teacher of each prompt, two tensors [P]."""
         rewards = score(model, self.responses)
         losses = pk.listwise_preference_loss(
             rewards, self.teacher_rewards, beta=settings.pad.beta, kind="jsd", reduction="none"
         )
-        return losses, kendall_tau(rewards, self.teacher_rewards)
+        every = torch.ones_like(rewards, dtype=torch.bool)
+        return losses, kendall_tau(rewards, self.teacher_rewards, every)
 
 
 def distinct_pairs(responses: Responses) -> float:
@@ -62,8 +48,8 @@ def distinct_pairs(responses: Responses) -> float:
 
 def measure(
     name: str,
-    model: LanguageModel,
-    teacher: LanguageModel,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
     held_out: HeldOut,
     text_loss: float,
     seconds: float,

@@ -12,10 +12,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from pad_kernels.demo import corpus as text
 from pad_kernels.demo import measure, models, preference, pretrain, report, step_cost
-from pad_kernels.demo.models import LanguageModel
 from pad_kernels.demo.outcome import Curve, Outcome, Progress, Sample
 from pad_kernels.demo.sampling import Responses, sample
 from pad_kernels.demo.settings import METHODS, ModelSize, Settings
@@ -122,10 +122,9 @@ def prepare(settings: Settings, console: Console) -> Material:
 
 def pretrain_model(
     name: str, size: ModelSize, material: Material, settings: Settings, console: Console
-) -> tuple[LanguageModel, Curve, float]:
+) -> tuple[PreTrainedModel, Curve, float]:
     """Train a fresh model on the text; returns it, its curve and its held-out loss."""
-    network = models.build(size, settings)
-    model = LanguageModel(network, material.tokenizer.get_vocab_size())
+    model = models.build(size, settings, material.tokenizer.get_vocab_size())
     documents = material.teacher_reads if name == "teacher" else material.student_reads
     title = f"Pre-train the {name}: {_count(model) / 1e6:.1f} million parameters"
     with console.stage(title, size.steps) as tick:
@@ -143,7 +142,7 @@ class Tracker:
         self.tau = Curve(name, [], [])
         self.loss = Curve(name, [], [])
 
-    def __call__(self, model: LanguageModel, step: int) -> None:
+    def __call__(self, model: PreTrainedModel, step: int) -> None:
         """Measure a model after some steps."""
         losses, taus = self.held_out.ranking(model, self.settings)
         for curve, values in ((self.loss, losses), (self.tau, taus)):
@@ -164,16 +163,16 @@ class Comparison:
 class Distillation:
     """PAD's material: both models, the student's responses and the teacher's opinion of them."""
 
-    teacher: LanguageModel
-    student: LanguageModel
+    teacher: PreTrainedModel
+    student: PreTrainedModel
     responses: Responses
     rewards: Tensor
     held_out: measure.HeldOut
 
 
 def sample_and_score(
-    teacher: LanguageModel,
-    student: LanguageModel,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     material: Material,
     settings: Settings,
     console: Console,
@@ -204,17 +203,25 @@ def compare(
 ) -> Comparison:
     """PAD's third phase, and DPO and SimPO from the same responses; each student is measured."""
 
-    def result(name: str, model: LanguageModel, seconds: float) -> measure.Result:
+    def result(name: str, model: PreTrainedModel, seconds: float) -> measure.Result:
         loss = pretrain.evaluate(model, material.held_out, settings)
         return measure.measure(name, model, work.teacher, work.held_out, loss, seconds, settings)
 
     found = Comparison([result("before", work.student, 0.0)], [], [])
+    tokenizer = text.for_transformers(material.tokenizer)
     total = len(METHODS) * settings.preference_steps
     with console.stage("Train the student three ways on these responses", total) as tick:
         for kind in METHODS:
             tracker = Tracker(kind, work.held_out, settings)
             trained, seconds = preference.train(
-                work.student, kind, work.responses, work.rewards, settings, tick, tracker
+                work.student,
+                kind,
+                work.responses,
+                work.rewards,
+                tokenizer,
+                settings,
+                tick,
+                tracker,
             )
             found.results.append(result(kind, trained, seconds))
             found.taus.append(tracker.tau)
@@ -280,7 +287,7 @@ def run(settings: Settings, out: Path, *, quiet: bool = False) -> Outcome:
     return outcome
 
 
-def _count(model: LanguageModel) -> int:
+def _count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -291,7 +298,7 @@ def _tokens(documents: list[list[int]]) -> int:
 def _samples(
     material: Material,
     results: list[measure.Result],
-    teacher: LanguageModel,
+    teacher: PreTrainedModel,
     settings: Settings,
 ) -> list[Sample]:
     """The first response of each student to the first held-out prompts: not a selection."""

@@ -5,66 +5,42 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 import pad_kernels as pk
-from pad_kernels.demo.models import LanguageModel
+from pad_kernels.demo.models import logprob
 from pad_kernels.demo.outcome import Progress
-from pad_kernels.demo.pretrain import Trainer, adamw
+from pad_kernels.demo.pretrain import adamw, scheduled
 from pad_kernels.demo.sampling import Responses
 from pad_kernels.demo.settings import Settings
+from pad_kernels.integrations.transformers import (
+    DistillationTrainer,
+    PADConfig,
+    PADTrainer,
+    PreferenceConfig,
+    PreferenceTrainer,
+)
 
 CHUNK = 64  # prompts scored at a time
-Checkpoint = Callable[[LanguageModel, int], None]
+Checkpoint = Callable[[PreTrainedModel, int], None]
 
 
 @torch.no_grad()
-def score(model: LanguageModel, responses: Responses, normalize: str = "length") -> Tensor:
+def score(model: PreTrainedModel, responses: Responses, normalize: str = "length") -> Tensor:
     """Rewards [prompts, n]: each response's log-prob under a model, per token or summed."""
     parts = zip(responses.inputs.split(CHUNK), responses.labels.split(CHUNK), strict=True)
     rewards = [
-        pk.sequence_reward(model.logprob(inputs, labels), labels=labels, normalize=normalize)
+        pk.sequence_reward(logprob(model, inputs, labels), labels=labels, normalize=normalize)
         for inputs, labels in parts
     ]
     return torch.cat(rewards)
-
-
-def pad_loss(
-    model: LanguageModel, responses: Responses, rewards: Tensor, settings: Settings
-) -> Tensor:
-    """PAD: the student's distribution over rankings against the teacher's, from hidden states.
-
-    The one call below is the whole loss: log-probs of n responses of each prompt over vocabulary
-    chunks, length-normalised rewards, and the Jensen-Shannon divergence of two Plackett-Luce
-    distributions over the n! rankings.
-    """
-    return pk.linear_preference_loss(
-        model.hidden(responses.inputs),
-        model.weight,
-        responses.labels,
-        rewards,
-        beta=settings.pad.beta,
-        kind="jsd",
-        **model.head,
-    )
-
-
-def pair_loss(
-    model: LanguageModel, pairs: Responses, reference: Tensor, kind: str, settings: Settings
-) -> Tensor:
-    """DPO (sums of log-probs against a reference [P, 2]) or SimPO (means, no reference)."""
-    logprob = model.logprob(pairs.inputs, pairs.labels)
-    if kind == "dpo":
-        sums = pk.sequence_reward(logprob, labels=pairs.labels, normalize="none")
-        columns = (*sums.unbind(1), *reference.unbind(1))
-        return pk.pairwise_preference_loss(*columns, kind="dpo", beta=settings.dpo.beta).loss
-    means = pk.sequence_reward(logprob, labels=pairs.labels)
-    simpo = settings.simpo
-    return pk.pairwise_preference_loss(
-        *means.unbind(1), kind="simpo", beta=simpo.beta, gamma=simpo.gamma
-    ).loss
 
 
 def best_and_worst(rewards: Tensor) -> Tensor:
@@ -72,49 +48,125 @@ def best_and_worst(rewards: Tensor) -> Tensor:
     return torch.stack([rewards.argmax(1), rewards.argmin(1)], dim=1)
 
 
-def _prompt_batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).split(size)
+def rows(
+    student: PreTrainedModel, kind: str, responses: Responses, rewards: Tensor
+) -> list[dict[str, Any]]:
+    """The data set of a method's trainer, a row for each prompt.
+
+    PAD has all responses and their rewards; the others have the best and the worst, and DPO the
+    log-probs that these have under the student before it is trained.
+    """
+    prompts = responses.prompts()
+    if kind == "pad":
+        columns = zip(prompts, responses.continuations(), rewards.tolist(), strict=True)
+        return [{"prompt": a, "responses": b, "rewards": c} for a, b, c in columns]
+    pairs = responses.select(best_and_worst(rewards))
+    found: list[dict[str, Any]] = [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for prompt, (chosen, rejected) in zip(prompts, pairs.continuations(), strict=True)
+    ]
+    if kind == "dpo":
+        reference = score(student, pairs, normalize="none").tolist()
+        for row, (chosen, rejected) in zip(found, reference, strict=True):
+            row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return found
+
+
+class _Watch(TrainerCallback):
+    """Tells of every step, hands the model out now and then, and times what is in between."""
+
+    def __init__(self, kind: str, every: int, progress: Progress, checkpoint: Checkpoint) -> None:
+        self.kind, self.every = kind, every
+        self.progress, self.checkpoint = progress, checkpoint
+        self.seconds = self._start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **now: Any) -> None:
+        self.checkpoint(now["model"], 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **now: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **now: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+        if state.global_step % self.every == 0:
+            self.checkpoint(now["model"], state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **now: Any) -> None:
+        if "loss" in now["logs"]:  # the last log of all has none
+            self.progress(f"{self.kind} loss {now['logs']['loss']:.3f}")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Data sets are tokenised without a progress bar: the demo has its own."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+
+
+def _trainer(
+    model: PreTrainedModel,
+    kind: str,
+    data: list[dict[str, Any]],
+    tokenizer: Any,
+    settings: Settings,
+    folder: str,
+) -> DistillationTrainer:
+    """The trainer of a method, which writes nothing and says nothing of its own."""
+    method = settings.method(kind)
+    optimizer = adamw(model.parameters(), method.learning_rate)
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "beta": method.beta,
+        "max_steps": settings.preference_steps,
+        "per_device_train_batch_size": settings.step_responses // method.responses,
+        "seed": settings.seed,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    options: dict[str, Any] = {
+        "processing_class": tokenizer,
+        "train_dataset": data,
+        "optimizers": (optimizer, scheduled(optimizer, settings.preference_steps)),
+    }
+    trainer: DistillationTrainer
+    if kind == "pad":
+        trainer = PADTrainer(model, PADConfig(**common), **options)
+    else:
+        args = PreferenceConfig(loss=kind, gamma=method.gamma, **common)
+        trainer = PreferenceTrainer(model, args, **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train(
-    student: LanguageModel,
+    student: PreTrainedModel,
     kind: str,
     responses: Responses,
     rewards: Tensor,
+    tokenizer: Any,
     settings: Settings,
     progress: Progress,
     checkpoint: Checkpoint,
-) -> tuple[LanguageModel, float]:
+) -> tuple[PreTrainedModel, float]:
     """Train a copy of the student; returns it and the seconds spent, checkpoints not counted.
 
     `checkpoint(model, step)` is called before the first step and `settings.checkpoints` times more.
     """
-    method = settings.method(kind)
-    vocab_size = student.head["vocab_size"]
-    model = LanguageModel(copy.deepcopy(student.model), vocab_size)
-    trainer = Trainer(
-        model, [adamw(model.parameters(), method.learning_rate)], settings.preference_steps
-    )
-    chosen = best_and_worst(rewards)
-    pairs = responses.select(torch.arange(len(rewards)), chosen)
-    reference = score(student, pairs, normalize="none") if kind == "dpo" else chosen
-    size = settings.step_responses // method.responses
-    batches = _prompt_batches(len(rewards), min(size, len(rewards)), settings.seed)
-    seconds, every = 0.0, max(1, settings.preference_steps // settings.checkpoints)
-    checkpoint(model, 0)
-    for step in range(settings.preference_steps):
-        start = time.perf_counter()
-        prompts = next(batches)
-        if kind == "pad":
-            loss = pad_loss(model, responses.select(prompts), rewards[prompts], settings)
-        else:
-            part = pairs.select(prompts)
-            loss = pair_loss(model, part, reference[prompts], kind, settings)
-        value = trainer.step(loss)
-        seconds += time.perf_counter() - start
-        progress(f"{kind} loss {value:.3f}")
-        if (step + 1) % every == 0:
-            checkpoint(model, step + 1)
-    return model, seconds
+    model = copy.deepcopy(student)
+    every = max(1, settings.preference_steps // settings.checkpoints)
+    watch = _Watch(kind, every, progress, checkpoint)
+    data = rows(student, kind, responses, rewards)
+    with TemporaryDirectory() as folder, _no_bars():
+        trainer = _trainer(model, kind, data, tokenizer, settings, folder)
+        trainer.add_callback(watch)
+        trainer.train()
+    return model, watch.seconds

@@ -42,7 +42,7 @@ def table(outcome: Outcome) -> str:
 
 def environment() -> dict[str, str]:
     """Versions and machine, for the report's last section."""
-    names = ("torch", "transformers", "tokenizers")
+    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
     backends = [name for name, state in pk.available_backends().items() if state == "available"]
     return {
         "pad_kernels": pk.__version__,

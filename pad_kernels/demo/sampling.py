@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from pad_kernels.demo.models import IGNORE, LanguageModel
+from pad_kernels.demo.models import IGNORE
 from pad_kernels.demo.settings import Settings
 
 CHUNK = 256  # sequences sampled side by side: enough to fill the GEMMs, small enough for any memory
@@ -28,13 +28,19 @@ class Responses:
     inputs: Tensor
     labels: Tensor
 
-    def select(self, prompts: Tensor, responses: Tensor | None = None) -> Responses:
-        """Some prompts [P], and of each of them some responses [P, m] where given."""
-        inputs, labels = self.inputs[prompts], self.labels[prompts]
-        if responses is None:
-            return Responses(inputs, labels)
-        index = responses[..., None].expand(-1, -1, inputs.shape[-1])
-        return Responses(inputs.gather(1, index), labels.gather(1, index))
+    def select(self, responses: Tensor) -> Responses:
+        """Some responses [prompts, m] of each prompt, by their indices."""
+        index = responses[..., None].expand(-1, -1, self.inputs.shape[-1])
+        return Responses(self.inputs.gather(1, index), self.labels.gather(1, index))
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt."""
+        begins = (self.labels[:, 0] != IGNORE).int().argmax(-1).tolist()
+        return [row[: at + 1].tolist() for row, at in zip(self.inputs[:, 0], begins, strict=True)]
+
+    def continuations(self) -> list[list[list[int]]]:
+        """Token ids of each response, with its end-of-text token, by prompt."""
+        return [[row[row != IGNORE].tolist() for row in group] for group in self.labels]
 
     def tokens(self, prompt: int, response: int) -> list[int]:
         """Token ids of one response, without its end-of-text token."""
@@ -58,15 +64,15 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sample(
-    model: LanguageModel, prompts: Tensor, settings: Settings, generator: torch.Generator
+    model: PreTrainedModel, prompts: Tensor, settings: Settings, generator: torch.Generator
 ) -> Tensor:
     """Continue prompts [B, L] by response_tokens tokens, with the keys and values cached."""
-    cache = DynamicCache(config=model.model.config)
+    cache = DynamicCache(config=model.config)
     ids, step = prompts, prompts
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for position in range(settings.response_tokens):
-        states = model.model.model(input_ids=step, past_key_values=cache, use_cache=True)
-        logits = model.next_token_logits(states.last_hidden_state[:, -1]) / settings.temperature
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1] / settings.temperature
         if position < settings.least_tokens:
             logits[:, EOS] = -torch.inf
         step = draw(logits, generator)
@@ -78,7 +84,7 @@ def _sample(
 
 @torch.no_grad()
 def sample(
-    model: LanguageModel, prompts: Tensor, settings: Settings, seed: int, n: int | None = None
+    model: PreTrainedModel, prompts: Tensor, settings: Settings, seed: int, n: int | None = None
 ) -> Responses:
     """Sample n responses to each of prompts [P, L]; the seed decides all of them."""
     n = n or settings.responses

@@ -43,7 +43,7 @@ class Method:
     responses: int
     beta: float
     learning_rate: float
-    gamma: float = 0.0
+    gamma: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Settings:
     seed: int = 0
 
     # Text: docstrings of `modules` modules (None: all) for both models, and the reference for the
-    # teacher, some times over. Weights have `vocab_size` rows; a tokenizer that ends with fewer
-    # tokens uses the first of them.
+    # teacher, some times over. On little text the tokenizer ends with less than `vocab_size`.
     modules: int | None = None
     reference_repeats: int = 3
     held_out_share: float = 0.25

@@ -20,13 +20,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from pad_kernels.demo.models import IGNORE, LanguageModel, build
+import pad_kernels as pk
+from pad_kernels.demo.models import IGNORE, build, hidden
 from pad_kernels.demo.outcome import Cost
-from pad_kernels.demo.preference import pad_loss
-from pad_kernels.demo.pretrain import Trainer, adamw
+from pad_kernels.demo.pretrain import Optimizers, adamw
 from pad_kernels.demo.sampling import Responses
 from pad_kernels.demo.settings import Settings
+from pad_kernels.integrations.transformers import head_of
 
 HEADS = ("dense", "ours")
 
@@ -44,15 +46,31 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def pad_loss(
+    model: PreTrainedModel, responses: Responses, rewards: Tensor, settings: Settings
+) -> Tensor:
+    """PAD in one call, from hidden states: what `PADTrainer` computes."""
+    head = head_of(model)
+    return pk.linear_preference_loss(
+        hidden(model, responses.inputs),
+        head.weight,
+        responses.labels,
+        rewards,
+        beta=settings.pad.beta,
+        kind="jsd",
+        **head.options(),
+    )
+
+
 def dense_pad_loss(
-    model: LanguageModel, responses: Responses, rewards: Tensor, settings: Settings
+    model: PreTrainedModel, responses: Responses, rewards: Tensor, settings: Settings
 ) -> Tensor:
     """The same loss as usually written: logits of the response tokens, then all n! rankings.
 
     Rows that no loss needs are left out here too, so the two steps multiply the same matrices.
     """
     keep = responses.labels != IGNORE
-    logits = F.linear(model.hidden(responses.inputs)[keep], model.weight)
+    logits = F.linear(hidden(model, responses.inputs)[keep], head_of(model).weight)
     logits = settings.softcap * torch.tanh(logits / settings.softcap)
     picked = -F.cross_entropy(logits, responses.labels[keep], reduction="none")
     logprob = torch.zeros(keep.shape).masked_scatter(keep, picked)
@@ -85,15 +103,15 @@ def _random_batch(settings: Settings, vocab_size: int) -> tuple[Responses, Tenso
 
 def measure_here(head: str, vocab_size: int, settings: Settings) -> Cost:
     """Take the steps in this process; the first is not timed."""
-    model = LanguageModel(build(settings.student, settings, vocab_size=vocab_size), vocab_size)
+    model = build(settings.student, settings, vocab_size)
     responses, rewards = _random_batch(settings, vocab_size)
-    trainer = Trainer(model, [adamw(model.parameters(), 1e-4)], settings.cost_steps + 1)
+    optimizers = Optimizers(model, [adamw(model.parameters(), 1e-4)], settings.cost_steps + 1)
     loss = pad_loss if head == "ours" else dense_pad_loss
     seconds = []
     before = peak_resident_bytes()
     for _ in range(settings.cost_steps + 1):
         start = time.perf_counter()
-        trainer.step(loss(model, responses, rewards, settings))
+        optimizers.step(loss(model, responses, rewards, settings))
         seconds.append(time.perf_counter() - start)
     peak = peak_resident_bytes() - before
     rows = int((responses.labels != IGNORE).sum())
