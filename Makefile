@@ -15,7 +15,7 @@ PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print
 NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-kernels coverage bench gpu-check lint format clean
+.PHONY: help demo miniature test check-kernels coverage bench gpu-check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,9 @@ help: ## show this list
 
 demo: $(STAMPS)/demo ## distil preferences into a small model on this machine and write a report
 	$(BIN)/pad-kernels demo $(ARGS)
+
+miniature: $(STAMPS)/train ## compare all methods on a task with a known reward, 5 seeds; resumes
+	$(BIN)/python -m examples.miniature $(ARGS)
 
 test: $(STAMPS)/dev $(STAMPS)/demo ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
@@ -75,7 +78,7 @@ $(STAMPS)/package: $(NATIVE) $(STAMPS)/torch
 	@touch $@
 
 # Extras of the package that is already installed: pip adds what is missing and rebuilds nothing.
-$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/bench: $(STAMPS)/%: pyproject.toml $(STAMPS)/package
+$(STAMPS)/dev $(STAMPS)/demo $(STAMPS)/bench $(STAMPS)/train: $(STAMPS)/%: pyproject.toml $(STAMPS)/package
 	@echo "== what '$*' needs"
 	@$(PIN_TORCH)
 	$(PIP) install --quiet --constraint $(STAMPS)/torch-pin 'pad-kernels[$*]'

@@ -1,0 +1,1 @@
+"""The papers' comparison in miniature: every method on a task whose reward is known."""
