@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -204,9 +205,7 @@ def test_only_what_is_missing_is_run_again(store: Store) -> None:
 
 
 def test_other_settings_find_no_results(store: Store) -> None:
-    from dataclasses import replace
-
-    assert not Store(store.folder.parent, replace(TINY, steps=5)).read([0, 1])
+    assert not Store(store.folder.parent, dataclasses.replace(TINY, steps=5)).read([0, 1])
 
 
 # The report.
@@ -243,8 +242,6 @@ def committed() -> dict[str, Any]:
 
 
 def test_committed_table_was_made_with_these_settings() -> None:
-    import dataclasses
-
     found = committed()
     assert found["settings"] == dataclasses.asdict(Settings())
     for name, stage in STAGES.items():
@@ -262,3 +259,6 @@ def test_rates_and_options_are_the_best_of_the_grid() -> None:
         option = {} if name not in tune.OPTIONS else {tune.OPTIONS[name][0]}
         assert STAGES[name].rate == best["rate"]
         assert all(STAGES[name].options[each] == best[each] for each in option)
+        twin = STAGES[name.removesuffix("-aligned")]
+        if name.endswith("-aligned"):
+            assert (twin.rate, twin.options) == (STAGES[name].rate, STAGES[name].options)

@@ -1,8 +1,7 @@
 """The methods: two stages each, and what every stage trains on.
 
 All stages have as many steps and as many responses in a batch. The first stage starts from the
-student's base, the second from what the first has made. Where the second is preference training,
-its peak learning rate and its own options are in :data:`STAGES`.
+student's base, the second from what the first has made. Rates and options are what `tune.py` found.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class Stage:
     """One training run of a student.
 
     Attributes:
-        trainer, config: classes of the trainers.
-        options: of the config.
+        trainer: Preference, DCKD, ADPA or PAD.
+        options: of its config.
         data: from lab and student to rows of the data set.
         in_row: responses of a row, so that all batches are equally large.
         teachers: names of teachers by the trainer's argument.
@@ -69,12 +68,12 @@ def _four_own(lab: Lab, student: Any) -> list[dict[str, Any]]:
 
 
 def _kd(teacher: str) -> Stage:
-    options = {"alpha": 1.0, "use_rejected": False}
+    options = {"alpha": 16.0, "use_rejected": False}
     return Stage("DCKD", options, _chosen, teachers={"teacher": teacher})
 
 
 def _pad(**options: Any) -> Stage:
-    return Stage("PAD", options, _four_own, 4, {"teacher": "aligned"}, 3e-3)
+    return Stage("PAD", options, _four_own, 4, {"teacher": "aligned"})
 
 
 def _seqkd(teacher: str) -> Stage:
@@ -89,16 +88,14 @@ STAGES: dict[str, Stage] = {
     "kd-aligned": _kd("aligned"),
     "seqkd": _seqkd("reference"),
     "seqkd-aligned": _seqkd("aligned"),
-    "dckd": Stage("DCKD", {"alpha": 1.0}, _pairs, 2, {"teacher": "aligned"}),
-    "dpo": Stage(
-        "Preference", {"loss": "dpo", "beta": 0.3}, _pairs, 2, {"reference": "before"}, 3e-3
-    ),
-    "simpo": Stage("Preference", {"loss": "simpo", "beta": 2.0, "gamma": 0.5}, _pairs, 2, {}, 3e-3),
-    "adpa": Stage("ADPA", {"gamma": 30.0, "beta": 0.1}, _chosen_and_own, 2, _BOTH),
-    "pad-ranking": _pad(kind="ranking"),
-    "pad-jsd": _pad(kind="jsd"),
-    "pad-decomposed": _pad(kind="jsd", subset_size=2),
-    "pad-kl": _pad(kind="kl"),
+    "dckd": Stage("DCKD", {"alpha": 16.0}, _pairs, 2, {"teacher": "aligned"}, 3e-3),
+    "dpo": Stage("Preference", {"loss": "dpo", "beta": 0.3}, _pairs, 2, {"reference": "before"}),
+    "simpo": Stage("Preference", {"loss": "simpo", "beta": 1.0, "gamma": 0.5}, _pairs, 2),
+    "adpa": Stage("ADPA", {"gamma": 10.0, "beta": 0.1}, _chosen_and_own, 2, _BOTH, 3e-3),
+    "pad-ranking": _pad(kind="ranking", beta=1.0),
+    "pad-jsd": _pad(kind="jsd", beta=0.3),
+    "pad-decomposed": _pad(kind="jsd", beta=0.3, subset_size=2),
+    "pad-kl": _pad(kind="kl", beta=0.3),
 }
 
 #: Stages of each method.

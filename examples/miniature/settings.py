@@ -20,7 +20,7 @@ class Settings:
     """Task, models and budgets.
 
     Attributes:
-        subjects, manners: a prompt is one of each; every ninth combination or so is held out.
+        subjects, manners: a prompt is one of each; ``held_out`` combinations are for evaluation.
         words: of which responses are made, beside the prompts' own tokens.
         length: words of a response: always as many, so that no method gains by length.
         texts: what the reference teacher and the student's base are trained on.
@@ -28,7 +28,9 @@ class Settings:
         held_out_pairs, samples: for the evaluation; samples are fresh responses of a model.
         rows: responses in a batch, whatever the method.
         reference_steps, aligned_steps, base_steps: before the comparison starts.
+        aligned_rate, aligned_beta: of the aligned teacher's DPO, those with the highest reward.
         steps: of each of the two stages of every method.
+        curve_points: how often true reward is looked at in a stage.
     """
 
     subjects: int = 12

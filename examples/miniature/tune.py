@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[str, tuple[float, ...]]] = {
     "dckd": ("alpha", (1.0, 4.0, 16.0)),
     "dpo": ("beta", (0.1, 0.3, 1.0)),
     "simpo": ("beta", (0.5, 1.0, 2.0)),
-    "adpa": ("gamma", (10.0, 30.0, 100.0)),
+    "adpa": ("gamma", (3.0, 10.0, 30.0)),
     "pad-ranking": _PAD,
     "pad-jsd": _PAD,
     "pad-decomposed": _PAD,
