@@ -88,7 +88,7 @@ STAGES: dict[str, Stage] = {
     "kd-aligned": _kd("aligned"),
     "seqkd": _seqkd("reference"),
     "seqkd-aligned": _seqkd("aligned"),
-    "dckd": Stage("DCKD", {"alpha": 16.0}, _pairs, 2, {"teacher": "aligned"}, 3e-3),
+    "dckd": Stage("DCKD", {"alpha": 16.0}, _pairs, 2, {"teacher": "aligned"}),
     "dpo": Stage("Preference", {"loss": "dpo", "beta": 0.3}, _pairs, 2, {"reference": "before"}),
     "simpo": Stage("Preference", {"loss": "simpo", "beta": 1.0, "gamma": 0.5}, _pairs, 2),
     "adpa": Stage("ADPA", {"gamma": 10.0, "beta": 0.1}, _chosen_and_own, 2, _BOTH, 3e-3),

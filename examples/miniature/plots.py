@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +38,36 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
 
 
-def _bars(axis: Axes, table: dict[str, Any], names: list[str], measure: str, form: str) -> None:
+def _bars(axis: Axes, table: dict[str, Any], names: list[str], measure: str) -> None:
     for place, name in enumerate(names):
         value = table[name][measure]
-        axis.barh(place, value.mean, height=0.68, color=COLOURS[name])
-        axis.errorbar(value.mean, place, xerr=value.error, color=INK, linewidth=1, capsize=2.5)
+        axis.barh(place, value.mean, height=0.68, color=COLOURS.get(name, INK))
+        axis.errorbar(value.mean, place, xerr=value.error, color=MUTED, linewidth=1, capsize=2.5)
         axis.annotate(
-            format(value.mean, form), (value.mean + value.error, place), (5, 0),
+            f"{value.mean:.2f}", (value.mean + value.error, place), (5, 0),
             textcoords="offset points", va="center", fontsize=8.5, color=INK,
         )  # fmt: skip
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_yticks(range(len(names)), [TEACHERS.get(name, name) for name in names])
     axis.grid(axis="x", color="#eef1f5", linewidth=1)
+    axis.margins(x=0.12)
+
+
+def ranked(table: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Those in the table, by true reward."""
+    return sorted((name for name in names if name in table), key=lambda n: -table[n]["reward"].mean)
 
 
 def ranking(table: dict[str, Any], folder: Path) -> None:
-    """True reward and accuracy of every student, with standard errors."""
-    names = sorted((n for n in METHODS if n in table), key=lambda n: -table[n]["reward"].mean)
-    figure = Figure(figsize=(9.2, 0.3 * len(names) + 1.4), layout="constrained")
+    """True reward and accuracy of every student and teacher, with standard errors."""
+    names = ranked(table, (*SHARED, *METHODS))
+    figure = Figure(figsize=(9.2, 0.28 * len(names) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _bars(left, table, names, "reward", ".2f")
-    for name in SHARED:
-        if name in table:
-            reward = table[name]["reward"].mean
-            left.axvline(reward, color=MUTED, linewidth=1, linestyle=":")
-            left.annotate(
-                TEACHERS[name], (reward, len(names) - 0.5), (-3, 0), rotation=90, ha="right",
-                va="bottom", textcoords="offset points", fontsize=7.5, color=MUTED,
-            )  # fmt: skip
-    _style(left, "True reward", "of what students write to held-out prompts, mean over seeds")
-    _bars(right, table, names, "accuracy", ".2f")
+    _bars(left, table, names, "reward")
+    _style(left, "True reward", "of what is written to held-out prompts, mean over seeds")
+    _bars(right, table, names, "accuracy")
     right.set_xlim(left=0.5)
     _style(right, "Preference accuracy", "better of two held-out responses likelier")
+    left.invert_yaxis()
     _save(figure, folder / "ranking.png")
 
 
@@ -77,7 +76,7 @@ def by_seed(results: list[dict[str, Any]], table: dict[str, Any], folder: Path) 
     figure = Figure(figsize=(9.2, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     sft = {each["seed"]: each["reward"] for each in results if each["method"] == "SFT"}
-    names = sorted((n for n in METHODS if n in table), key=lambda n: -table[n]["reward"].mean)
+    names = ranked(table, METHODS)
     for place, name in enumerate(names):
         found = [r for r in results if r["method"] == name and r["seed"] in sft]
         over = [each["reward"] - sft[each["seed"]] for each in found]
@@ -87,14 +86,18 @@ def by_seed(results: list[dict[str, Any]], table: dict[str, Any], folder: Path) 
     left.axvline(0, color="#cbd5e1", linewidth=1)
     left.grid(axis="x", color="#eef1f5", linewidth=1)
     _style(left, "Reward over SFT's", "a point for each seed")
-    for name in (*names, *SHARED):
-        if name in table:
-            x, y = table[name]["entropy"].mean, table[name]["reward"].mean
-            right.scatter(x, y, s=26, color=COLOURS.get(name, INK), marker="o")
-            right.annotate(
-                TEACHERS.get(name, name), (x, y), (4, 3), textcoords="offset points",
-                fontsize=7, color=INK,
-            )  # fmt: skip
+    everyone = ranked(table, (*METHODS, *SHARED))
+    column = max(table[name]["entropy"].mean for name in everyone) + 0.15
+    height = table[everyone[0]]["reward"].mean
+    gap = (height - table[everyone[-1]]["reward"].mean) / len(everyone)
+    for name in everyone:  # names stand in a column, far enough apart to be read
+        x, y = table[name]["entropy"].mean, table[name]["reward"].mean
+        colour = COLOURS.get(name, INK)
+        right.plot([x, column], [y, height], color=colour, linewidth=0.5, alpha=0.5)
+        right.scatter(x, y, s=26, color=colour)
+        right.text(column, height, f" {TEACHERS.get(name, name)}", fontsize=7, va="center")
+        height -= gap
+    right.set_xlim(right=column + 0.75)
     right.grid(color="#eef1f5", linewidth=1)
     right.set_xlabel("entropy, nats a word", fontsize=8.5, color=MUTED)
     _style(right, "Reward and variety", "true reward against the entropy of what is written")

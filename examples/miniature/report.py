@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.miniature.lab import SHARED
 from examples.miniature.methods import METHODS, STAGES
-from examples.miniature.plots import save_plots
+from examples.miniature.plots import ranked, save_plots
 from examples.miniature.settings import Settings
 
 MEASURES = ("reward", "over_sft", "accuracy", "gain_accuracy", "entropy", "repeats")
@@ -64,12 +64,11 @@ def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def markdown(table: dict[str, dict[str, Any]]) -> str:
     """The table of :func:`summary`, students by reward."""
     shared = [name for name in SHARED if name in table]
-    ranked = sorted((n for n in table if n not in SHARED), key=lambda n: -table[n]["reward"].mean)
     head = (
         "| | stages | true reward | over SFT | accuracy | accuracy of the gain | entropy |\n"
         "|---|---|---|---|---|---|---|\n"
     )
-    lines = [_line(name, table[name]) for name in [*shared, *ranked]]
+    lines = [_line(name, table[name]) for name in [*shared, *ranked(table, METHODS)]]
     return head + "".join(lines)
 
 
