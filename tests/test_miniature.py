@@ -262,3 +262,13 @@ def test_rates_and_options_are_the_best_of_the_grid() -> None:
         twin = STAGES[name.removesuffix("-aligned")]
         if name.endswith("-aligned"):
             assert (twin.rate, twin.options) == (STAGES[name].rate, STAGES[name].options)
+
+
+def test_the_projects_readme_has_the_figures_of_the_table() -> None:
+    table = [line.split("|") for line in (HERE / "results/table.md").read_text().splitlines()]
+    readme = (HERE.parents[1] / "README.md").read_text()
+    shown = readme.split("<!-- miniature -->")[1].split("<!-- /miniature -->")[0]
+    rows = [line.split("|") for line in shown.strip().splitlines()]
+    # name, stages, true reward, over SFT, accuracy
+    wanted = [[cell.strip() for cell in row[1:6]] for row in table[2:] if len(row) > 5]
+    assert [[cell.strip() for cell in row[1:6]] for row in rows[2:]] == wanted
