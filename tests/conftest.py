@@ -1,6 +1,7 @@
 """What every test shares: two threads, one seed."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands start from: models, prompts, settings."""
+    import pipeline_toys
+
+    folder = tmp_path_factory.mktemp("home")
+    pipeline_toys.fill(folder)
+    return folder
+
+
+@pytest.fixture
+def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same as the current folder."""
+    monkeypatch.chdir(folder)
+    return folder

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from pad_kernels.fit.models import SHAPES
 from pad_kernels.integrations.transformers import head_of
-from pad_kernels.pipeline import methods, models, settings, train
+from pad_kernels.pipeline import methods, models, settings
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 #: The configurations' folders and the shapes they stand for.
@@ -71,7 +71,7 @@ def test_models_fit_each_other_and_the_settings(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_arguments_are_the_trainers(path: Path, tmp_path: Path) -> None:
     found = settings.read(path)
-    section = train.section(found)
+    section = found.train
     wanted = {"adpa+": ("dckd", "adpa")}.get(section.method, (section.method,))
     for name in {*wanted, *section.methods}:
         args: Any = methods.arguments(found, name, section.arguments_of(name), tmp_path)
@@ -87,7 +87,7 @@ def test_the_page_s_other_settings(tmp_path: Path) -> None:
     block = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)[1]
     path = tmp_path / "run.yaml"
     path.write_text(f"student: a\nout: b\n{block}")
-    section = train.section(settings.read(path))
+    section = settings.read(path).train
     assert section.arguments_of("dckd")["learning_rate"] == 5e-6
     args = methods.arguments(settings.read(path), "adpa", section.arguments_of("adpa"), tmp_path)
     assert (args.gamma, args.learning_rate) == (1.0, 1e-6)
@@ -97,4 +97,4 @@ def test_the_page_s_other_settings(tmp_path: Path) -> None:
 def test_one_file_serves_several_methods(method: str) -> None:
     path = next(each for each in FILES if each.stem == "adpa-danube")
     found = settings.read(path, method=method)
-    assert train.section(found).method == method
+    assert found.train.method == method

@@ -30,19 +30,6 @@ DOCS = Path(__file__).parents[1] / "docs" / "pipelines.md"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    toys.fill(folder)
-    return folder
-
-
-@pytest.fixture
-def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(folder)
-    return folder
-
-
 # The whole way, as a user goes it.
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from pad_kernels.integrations import transformers as trainers
 from pad_kernels.integrations.transformers import ModelTeacher
 from pad_kernels.pipeline import methods, models, parts, rows
-from pad_kernels.pipeline.settings import Eval, Settings
+from pad_kernels.pipeline.settings import Eval, Settings, needed
 from pad_kernels.pipeline.train import FINAL
 
 #: Names in the table, and what they are called in an evaluation of each trainer.
@@ -34,9 +34,7 @@ def run(settings: Settings) -> Path:
     Raises:
         ValueError: a mistake in what is given.
     """
-    options = settings.eval
-    if options is None:
-        raise ValueError("eval: expected this section in the file, got none")
+    options = needed("eval", settings.eval)
     folder = settings.folder("eval")
     folder.mkdir(parents=True, exist_ok=True)
     if settings.teacher is not None and options.pairs is not None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from pad_kernels.integrations.transformers.data import Encoder, Format
 from pad_kernels.pipeline import models, parts, rows
-from pad_kernels.pipeline.settings import Sample, Settings, as_dict
+from pad_kernels.pipeline.settings import Sample, Settings, as_dict, needed
 
 ADDED = ("responses", "texts", "finished", "sample_seed")
 
@@ -100,10 +100,9 @@ class Sampler:
 
 def run(settings: Settings) -> Path:
     """The command; returns the folder."""
-    if settings.sample is None:
-        raise ValueError("sample: expected this section in the file, got none")
+    options = needed("sample", settings.sample)
     folder = settings.folder("samples")
-    write(settings, settings.sample, getattr(settings, settings.sample.model), folder)
+    write(settings, options, getattr(settings, options.model), folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from pad_kernels.integrations.transformers.collate import Example, lay_out
 from pad_kernels.integrations.transformers.data import Encoder, Format
 from pad_kernels.integrations.transformers.teachers import head_logprob
 from pad_kernels.pipeline import models, parts, questions, rows
-from pad_kernels.pipeline.settings import Score, Settings, as_dict
+from pad_kernels.pipeline.settings import Score, Settings, as_dict, needed
 
 ADDED = ("rewards", "teacher_logprob", "option_probability")
 SCORED = Format(many="responses")
@@ -29,9 +29,7 @@ def run(settings: Settings) -> Path:
     Raises:
         ValueError: a mistake in what is given.
     """
-    options = settings.score
-    if options is None:
-        raise ValueError("score: expected this section in the file, got none")
+    options = needed("score", settings.score)
     source = options.responses or str(settings.folder("samples"))
     data = rows.read("score.responses", source)
     rows.need("score.responses", data, "prompt", "responses")

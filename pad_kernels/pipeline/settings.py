@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pad_kernels._checks import check_choice, check_integer, check_number, fail_value
 from pad_kernels.pipeline import yaml_file
@@ -197,6 +197,16 @@ class Settings:
     def folder(self, name: str) -> Path:
         """Where a stage writes."""
         return Path(self.out) / name
+
+
+Section = TypeVar("Section")
+
+
+def needed(name: str, section: Section | None) -> Section:
+    """A section of the file that a command cannot do without."""
+    if section is None:
+        raise ValueError(f"{name}: expected this section in the file, got none")
+    return section
 
 
 def read(path: Path, *, method: str | None = None) -> Settings:

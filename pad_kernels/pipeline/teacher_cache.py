@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pad_kernels.integrations.transformers import cache_teacher
 from pad_kernels.pipeline import models, rows, train
-from pad_kernels.pipeline.settings import Cache, Settings
+from pad_kernels.pipeline.settings import Cache, Settings, needed
 
 METHODS = ("dckd", "kd", "adpa", "pad")
 
@@ -18,7 +18,7 @@ def run(settings: Settings) -> Path:
         ValueError: a mistake in what is given.
     """
     options = settings.cache or Cache()
-    section = train.section(settings)
+    section = needed("train", settings.train)
     if section.method not in METHODS:
         expected = "one of " + ", ".join(METHODS) + " to cache a teacher for"
         raise ValueError(f"train.method: expected {expected}, got {section.method}")

@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from pad_kernels.integrations import transformers as trainers
 from pad_kernels.pipeline import checkpoints, methods, models, parts, rows, sample
-from pad_kernels.pipeline.settings import Settings, Train
+from pad_kernels.pipeline.settings import Settings, needed
 
 FINAL, LOG = "final", "log.json"
 _TIMES = ("_runtime", "_per_second", "peak_memory_mib")
@@ -40,7 +40,7 @@ class Job:
 
 def run(settings: Settings) -> Path:
     """The command; returns the folder of the trained student."""
-    options = section(settings)
+    options = needed("train", settings.train)
     ranks = os.environ.get("WORLD_SIZE", "1")
     if ranks != "1":
         raise ValueError(f"train: expected one process (for more, use the trainers), got {ranks}")
@@ -67,20 +67,9 @@ def run(settings: Settings) -> Path:
     return fit(settings, Job("adpa", folder, str(begun), str(own), second))
 
 
-def section(settings: Settings) -> Train:
-    """The file's section.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if settings.train is None:
-        raise ValueError("train: expected this section in the file, got none")
-    return settings.train
-
-
 def job(settings: Settings) -> Job:
     """What ``train`` asks for, and ``cache`` prepares; for all methods but adpa+."""
-    options = section(settings)
+    options = needed("train", settings.train)
     source = options.data
     stage = methods.METHODS[options.method].data
     if source is None and stage is None:
@@ -137,7 +126,7 @@ def fit(settings: Settings, work: Job) -> Path:
     Raises:
         ValueError: a mistake in what is given; another configuration in the same folder.
     """
-    options = section(settings)
+    options = needed("train", settings.train)
     data = training_rows("train.data", work.data, work.method)
     names = teachers_of(settings, work.method, data, options.lora is not None)
     args = arguments(settings, work, names)
@@ -173,7 +162,7 @@ def _go_on(trainer: Any, state: Path | None) -> None:
 
 def _identity(settings: Settings, work: Job, names: list[str]) -> dict[str, Any]:
     """All that a training's result depends on."""
-    options = section(settings)
+    options = needed("train", settings.train)
     inputs: dict[str, Any] = {
         "student": rows.fingerprint(models.folder("student", work.student)),
         "data": rows.fingerprint(work.data),
@@ -207,7 +196,7 @@ def _identity(settings: Settings, work: Job, names: list[str]) -> dict[str, Any]
 def _trainer(
     settings: Settings, work: Job, names: list[str], data: datasets.Dataset, args: Any
 ) -> Any:
-    options = section(settings)
+    options = needed("train", settings.train)
     given: dict[str, Any] = {}
     if options.teacher == "cache":
         argument = methods.METHODS[work.method].teachers["teacher"]
@@ -240,7 +229,7 @@ def _trainer(
 def cache_folders(settings: Settings, method: str) -> list[Path]:
     """Where a method's teacher is kept: on its rows, and on those to evaluate on."""
     both = [settings.folder("cache") / method]
-    if section(settings).eval_data is not None:
+    if needed("train", settings.train).eval_data is not None:
         both.append(settings.folder("cache") / f"{method}.eval")
     return both
 
