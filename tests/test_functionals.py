@@ -31,7 +31,9 @@ from pad_kernels.functionals import (
     TopKAdvantage,
     TopKDivergence,
 )
+from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
+from pad_kernels.functionals.statistics import RowStats
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 17, 333, 24, 31
@@ -231,6 +233,13 @@ def check_total(
 def test_every_functional_has_an_oracle_and_an_example() -> None:
     assert set(ORACLES) == set(REGISTRY) == set(FORMULAS)
     assert {type(f).__name__ for f in EXAMPLES} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("functional", [f for f in EXAMPLES if not f.looks_back], ids=str)
+def test_coefficients_that_need_no_statistics(functional: Functional) -> None:
+    inputs = {name: torch.zeros(3, 1, dtype=torch.long) for name in ("labels", "candidates")}
+    nothing = RowStats({}, inputs)  # reading a statistic is a KeyError
+    assert functional.gradient(torch.ones(1, 3), nothing) != LogitGradient()
 
 
 @every_functional
