@@ -122,9 +122,16 @@ class TestWrappers:
         bodies = [size for size in graphs if size > 40]
         assert len(bodies) == 1 and len(graphs) <= 3, graphs  # the cap is the rest
 
-    def test_accelerate(self) -> None:
+    @pytest.fixture
+    def accelerate(self) -> Iterator[Any]:
+        """Accelerate's state is one for the process, and a trainer may have set it before."""
+        state = pytest.importorskip("accelerate.state").AcceleratorState
+        state._reset_state(reset_partial_state=True)
+        yield pytest.importorskip("accelerate")
+        state._reset_state(reset_partial_state=True)
+
+    def test_accelerate(self, accelerate: Any) -> None:
         """It replaces the model's forward by one that casts, and turns results to float32."""
-        accelerate = pytest.importorskip("accelerate")
         model, other = tiny.build("gemma2", loud=5.0), tiny.build("gemma2", loud=5.0)
         prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
         hidden = hidden_states(prepared, **INPUTS)
