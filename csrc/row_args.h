@@ -97,6 +97,10 @@ struct WalkArgs {
   StatisticsArgs first;
   OutcomeArgs second;
   GradientArgs gradient;
+  // Where the gradient has s_0 times a moment of stream 0 less its mean: what that is multiplied by
+  // (rows,), or null; c1 is gradient.c1, from which the means are taken off.
+  const double* centred[kMaxMoments];
+  double* c1;
 };
 
 // Raw logits (count,) in acc behind their head transform, in place: the very numbers that the row

@@ -29,9 +29,10 @@ struct ExpParts {
 };
 
 // For x in [ln(FLT_MIN), ln(FLT_MAX)). ln 2 is split so that n * head is exact without an FMA, and
-// the polynomial is the minimax one of relative error 3.1e-9 on |r| <= ln(2) / 2.
+// the polynomial is the minimax one of relative error 3.1e-9 on |r| <= ln(2) / 2. Adding the
+// shifter rounds to an integer n and leaves n + 127, the exponent of 2^n, in the lowest bits.
 PAD_HD ExpParts<float> exp_parts(float x) {
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifter = 12582912.0f + 127.0f;  // 1.5 * 2^23
   const float shifted = x * 1.44269504088896341f + shifter;
   const float n = shifted - shifter;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -40,13 +41,12 @@ PAD_HD ExpParts<float> exp_parts(float x) {
   q = q * r + 4.1668388993e-2f;
   q = q * r + 1.66665211320e-1f;
   q = q * r + 4.99999940395e-1f;
-  const uint32_t exponent = (bits_as<uint32_t>(shifted) << 23) + 0x3f800000u;
-  return {bits_as<float>(exponent), q * r * r + r};
+  return {bits_as<float>(bits_as<uint32_t>(shifted) << 23), q * r * r + r};
 }
 
 // The same in double; the Taylor series to r^13 leaves 4e-18.
 PAD_HD ExpParts<double> exp_parts(double x) {
-  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifter = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52
   const double shifted = x * 1.44269504088896340736 + shifter;
   const double n = shifted - shifter;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
@@ -62,8 +62,7 @@ PAD_HD ExpParts<double> exp_parts(double x) {
   q = q * r + 1.0 / 24.0;
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
-  const uint64_t exponent = (bits_as<uint64_t>(shifted) << 52) + 0x3ff0000000000000ull;
-  return {bits_as<double>(exponent), q * r * r + r};
+  return {bits_as<double>(bits_as<uint64_t>(shifted) << 52), q * r * r + r};
 }
 
 // Where the exponential leaves the normal numbers. Below it is an exact 0, never a denormal (they
@@ -80,11 +79,17 @@ struct ExpRange<double> {
   static constexpr double lowest = -708.396418532264, highest = 709.0895657128, flat = 100.0;
 };
 
-// exp: about 1 ulp, exact 0 from -inf to underflow; NaN stays NaN.
+// exp: about 1 ulp, exact 0 from -inf to underflow; NaN stays NaN. For x <= 0, which is what there
+// is once the maximum is known.
+template <class T>
+PAD_HD T exp_below(T x) {
+  const ExpParts<T> parts = exp_parts(x);
+  return x < ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
+}
+// For any x.
 template <class T>
 PAD_HD T exp_of(T x) {
-  const ExpParts<T> parts = exp_parts(x > ExpRange<T>::highest ? ExpRange<T>::highest : x);
-  return x < ExpRange<T>::lowest ? T(0) : parts.scale * parts.tail + parts.scale;
+  return exp_below(x > ExpRange<T>::highest ? ExpRange<T>::highest : x);
 }
 #if defined(__CUDA_ARCH__)
 // A GPU's own takes half as many instructions, one of them its exponential unit.

@@ -73,8 +73,8 @@ class Case:
         terms.divergence_weight, terms.divergence_slope = self.weight.data_ptr(), slope.data_ptr()
         C.row_walk(
             *(state.dtype, [s.packed() for s in streams], rows, cols),
-            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums], []),
-            *(value.data_ptr(), out.data_ptr(), out.stride(0), terms),
+            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
+            *([], [], value.data_ptr(), out.data_ptr(), out.stride(0), terms),
             *(tile, peaks.data_ptr() if tile else 0, threads),
         )
         alone = State(self.streams)
@@ -165,6 +165,92 @@ def test_entries_without_mass(dtype: torch.dtype) -> None:
     assert (out[:, [neither, student]] == 0).all()
     seen = exact_gradient[:, teacher].norm()
     assert (out[:, teacher].double() - exact_gradient[:, teacher]).norm() < 0.01 * seen
+
+
+# Of three streams: an entropy's, a reverse KL's, an advantage's.
+CENTRED = [(1.0, 0.0, 0.0), (1.0, -1.0, 0.0), (0.0, 1.0, -1.0)]
+
+
+def centred_dense(
+    streams: list[Stream], weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the weighted means under the student, and the size of what it is a difference of.
+
+    The factors are held, and so are the teachers.
+    """
+    (a, chain), *teachers = (s.transformed(dtype) for s in streams)
+    a = a.requires_grad_()
+    logits = [a, *(t for t, _ in teachers)]
+    share = a.softmax(-1)
+    total, size = torch.zeros((), dtype=dtype), torch.zeros_like(a)
+    for weight, coefficients in zip(weights, CENTRED, strict=True):
+        factor = sum(c * z.detach() for c, z in zip(coefficients, logits, strict=True))
+        total = total + ((share * factor).sum(-1) * weight.to(dtype)).sum()
+        size += (share * (factor - factor.mean()).abs() * weight[:, None].abs()).detach()
+    (d,) = torch.autograd.grad(total, a)
+    return d * chain, 2 * size * chain
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "head"),
+    [
+        *[(5, 507, "plain"), (ROWS, 1, "plain"), (ROWS, 507, "plain"), (ROWS, 507, "all")],
+        *[(ROWS, 2051, "plain"), (ROWS, 16500, "plain")],
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_centred_moments(dtype: torch.dtype, rows: int, cols: int, head: str) -> None:
+    """Their means, which the first sweep finds, are taken off inside the row."""
+    torch.manual_seed(rows + cols)
+    streams = make_streams(3, rows, cols, dtype, HEADS[head])
+    weights = torch.randn(len(CENTRED), rows, dtype=torch.float64)
+    state = State(streams)
+    found = torch.zeros(len(CENTRED), rows, dtype=torch.float64)
+    c1 = torch.zeros(rows, dtype=torch.float64)
+    q = torch.tensor(CENTRED, dtype=torch.float64).t() @ weights
+    out = torch.full_like(streams[0].logits, NAN)
+    terms = C.GradientTerms()
+    terms.c1, terms.q = c1.data_ptr(), [x.data_ptr() for x in q]
+    C.row_walk(
+        *(state.dtype, [s.packed() for s in streams], rows, cols),
+        *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
+        [(0, c, m.data_ptr()) for c, m in zip(CENTRED, found, strict=True)],
+        [w.data_ptr() for w in weights],
+        *(0, out.data_ptr(), out.stride(0), terms),
+        threads=2,
+    )
+    exact, size = centred_dense(streams, weights, torch.float64)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    dense, _ = centred_dense(streams, weights, acc)
+    # A float64 oracle is no more exact than the pass.
+    assert_as_good(out, exact, dense.to(dtype), 3, size if dtype == torch.float64 else None)
+    mean = -(weights * found / state.sums[0]).sum(0)
+    torch.testing.assert_close(c1, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"centred": []}, r"centred: expected one pointer per moment, got 0"),
+        ({"weight": 1}, r"centred\[0\]: expected a moment of stream 0, got one of stream 1"),
+        ({"c1": 0}, "c1"),
+    ],
+    ids=str,
+)
+def test_what_is_centred_is_checked(change: dict[str, object], message: str) -> None:
+    streams = make_streams(2, 5, 7, torch.float32, {})
+    state, number = State(streams), torch.zeros(5, dtype=torch.float64)
+    given = {"centred": [number.data_ptr()], "weight": 0, "c1": number.data_ptr()} | change
+    terms = C.GradientTerms()
+    terms.c1 = given["c1"]
+    out = torch.empty(5, 7)
+    with pytest.raises(ValueError, match=message):
+        C.row_walk(
+            *(state.dtype, [s.packed() for s in streams], 5, 7),
+            *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
+            *([(given["weight"], (1.0, -1.0), number.data_ptr())], given["centred"]),
+            *(0, out.data_ptr(), out.stride(0), terms),
+        )
 
 
 @pytest.mark.parametrize("tile", [100, 2048, 3000])

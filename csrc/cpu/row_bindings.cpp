@@ -95,11 +95,13 @@ struct Cpu {
   static void transform(const pad::TransformArgs& args) { row_pass().transform(args); }
 };
 
-// Maxima, sums, moments, `value` and the terms' divergence_slope are read and written.
+// Maxima, sums, moments, `value` and the terms' divergence_slope are read and written, and so is c1
+// where a moment is centred.
 void row_walk(const std::string& dtype, const std::vector<Stream>& streams, int64_t rows,
               int64_t cols, const std::vector<Pointer>& maxima, const std::vector<Pointer>& sums,
-              const std::vector<MomentSpec>& moments, Pointer value, Pointer out, int64_t out_ld,
-              const GradientTerms& terms, int64_t tile, Pointer tile_absmax, Pointer threads) {
+              const std::vector<MomentSpec>& moments, const std::vector<Pointer>& centred,
+              Pointer value, Pointer out, int64_t out_ld, const GradientTerms& terms, int64_t tile,
+              Pointer tile_absmax, Pointer threads) {
   pad::WalkArgs args{};
   args.first = parse_statistics<Cpu>(dtype, streams, rows, cols, 0, maxima, sums, moments, threads);
   args.second.cols = cols;
@@ -108,6 +110,16 @@ void row_walk(const std::string& dtype, const std::vector<Stream>& streams, int6
                                       value, terms.divergence_slope, threads);
   args.gradient = parse_gradient<Cpu>(dtype, streams, rows, cols, 0, maxima, sums, out, out_ld,
                                       terms, tile, tile_absmax, threads);
+  require(centred.size() == moments.size(), "centred", "one pointer per moment",
+          std::to_string(centred.size()));
+  for (size_t k = 0; k < centred.size(); ++k) {
+    args.centred[k] = at<double>(centred[k]);
+    if (!centred[k]) continue;
+    require(args.first.moment[k].weight == 0, indexed("centred", k), "a moment of stream 0",
+            "one of stream " + std::to_string(args.first.moment[k].weight));
+    require_pointer("c1", terms.c1, rows > 0);
+  }
+  args.c1 = at<double>(terms.c1);
   py::gil_scoped_release released;
   row_pass().walk(args);
 }
@@ -117,8 +129,8 @@ void row_walk(const std::string& dtype, const std::vector<Stream>& streams, int6
 void bind_rows(py::module_& m) {
   bind_row_passes<Cpu>(m);
   m.def("row_walk", &row_walk, py::arg("dtype"), py::arg("streams"), py::arg("rows"),
-        py::arg("cols"), py::arg("maxima"), py::arg("sums"), py::arg("moments"), py::arg("value"),
-        py::arg("out"), py::arg("out_ld"), py::arg("terms"), py::arg("tile") = 0,
+        py::arg("cols"), py::arg("maxima"), py::arg("sums"), py::arg("moments"), py::arg("centred"),
+        py::arg("value"), py::arg("out"), py::arg("out_ld"), py::arg("terms"), py::arg("tile") = 0,
         py::arg("tile_absmax") = 0, py::arg("threads") = 1,
         "All passes over a block of whole rows, row by row; logits may be overwritten.");
   m.def(

@@ -217,8 +217,8 @@ void one_loop_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int6
   const T ordered_shift[3] = {shift[0], shift[over], shift[under]};
   const TripleSums sums = tile_triple(ordered_z, n, ordered_shift);
   tile.sum[0] = sums.own;
-  tile.sum[over] = refined_sum(sums.over, sums.own, sums.over_own);
-  tile.sum[under] = refined_sum(sums.under, sums.own, sums.under_own);
+  tile.sum[over] = sums.over;
+  tile.sum[under] = refined_sum(sums.under, sums.over, -sums.gap);
   tile.moment[0] = sums.ratio;
 }
 

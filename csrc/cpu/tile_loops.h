@@ -126,7 +126,7 @@ template <class Z, class T>
 T chunk_sum(const Z* z, int64_t n, T shift) {
   T sum = 0;
   PAD_SIMD_SUM(sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp_of(load(z[i]) - shift);
+  for (int64_t i = 0; i < n; ++i) sum += exp_below(load(z[i]) - shift);
   return sum;
 }
 template <class Z, class T>
@@ -141,7 +141,7 @@ T chunk_sum_and_moment(const Z* z, int64_t n, T shift, T* moment_out) {
   PAD_SIMD_SUM(sum, moment)
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(z[i]) - shift;
-    const T exp = exp_of(x);
+    const T exp = exp_below(x);
     sum += exp;
     moment += weighted(exp, x);
   }
@@ -165,7 +165,7 @@ T chunk_exponentials(const T* a, int64_t n, T shift, T* exps) {
   T sum = 0;
   PAD_SIMD_SUM(sum)
   for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
+    exps[i] = exp_below(a[i] - shift);
     sum += exps[i];
   }
   return sum;
@@ -177,7 +177,7 @@ T chunk_exponentials_over(const T* a, const T* base, int64_t n, T shift, T* exps
   T sum = 0, over = 0;
   PAD_SIMD_SUM(sum, over)
   for (int64_t i = 0; i < n; ++i) {
-    exps[i] = exp_of(a[i] - shift);
+    exps[i] = exp_below(a[i] - shift);
     sum += exps[i];
     over += exps[i] - base[i];
   }
@@ -268,7 +268,7 @@ void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T othe
   PAD_SIMD_SUM(own, other, over, ratio, balanced)
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(own_z[i]) - own_shift, y = load(other_z[i]) - other_shift;
-    const T e = exp_of(x), f = exp_of(y);
+    const T e = exp_below(x), f = exp_below(y);
     const T more = f - e;
     own += e;
     other += f;
@@ -296,30 +296,28 @@ PairSums tile_pair(const Z* own, const Z* other, int64_t n, T own_shift, T other
 // Likewise for three: the mean log-ratio of the two others under the first.
 struct TripleSums {
   double own = 0, over = 0, under = 0;  // sums of exponentials
-  double over_own = 0, under_own = 0;   // over - own, under - own, added up by themselves
+  double gap = 0;                       // over - under, added up by itself
   double ratio = 0;                     // sum exp(x_own) (x_over - x_under)
 };
 template <class Z, class T>
 void chunk_triple(const Z* const* z, int64_t n, const T* shifts, TripleSums* sums) {
   const Z *own_z = z[0], *over_z = z[1], *under_z = z[2];
   const T own_shift = shifts[0], over_shift = shifts[1], under_shift = shifts[2];
-  T own = 0, over = 0, under = 0, over_own = 0, under_own = 0, ratio = 0;
-  PAD_SIMD_SUM(own, over, under, over_own, under_own, ratio)
+  T own = 0, over = 0, under = 0, gap = 0, ratio = 0;
+  PAD_SIMD_SUM(own, over, under, gap, ratio)
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(over_z[i]) - over_shift, y = load(under_z[i]) - under_shift;
-    const T e = exp_of(load(own_z[i]) - own_shift), f = exp_of(x), g = exp_of(y);
+    const T e = exp_below(load(own_z[i]) - own_shift), f = exp_below(x), g = exp_below(y);
     own += e;
     over += f;
     under += g;
-    over_own += f - e;
-    under_own += g - e;
+    gap += f - g;
     ratio += weighted(e, x - y);
   }
   sums->own += own;
   sums->over += over;
   sums->under += under;
-  sums->over_own += over_own;
-  sums->under_own += under_own;
+  sums->gap += gap;
   sums->ratio += ratio;
 }
 template <class Z, class T>

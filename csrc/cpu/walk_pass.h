@@ -20,15 +20,26 @@ Part join_segments(int64_t cols, Segment segment, Join join) {
   return whole;
 }
 
+// Takes the means of centred moments off the gradient's coefficient.
+inline void centre(const WalkArgs& args, int64_t row) {
+  for (int k = 0; k < args.first.moments; ++k)
+    if (args.centred[k]) {
+      const double mean = args.first.moment[k].value[row] / args.first.sum[0][row];
+      args.c1[row] -= args.centred[k][row] * mean;
+    }
+}
+
 // `kept` has room for the slopes of the second sweep, or is null: then they are computed twice.
 template <class Z>
-void walk_row(const StatisticsPlan<Z>& first, const OutcomeArgs& second,
-              const GradientPlan<Z>& last, int64_t row, char* kept) {
+void walk_row(const WalkArgs& args, const StatisticsPlan<Z>& first, const GradientPlan<Z>& last,
+              int64_t row, char* kept) {
+  const OutcomeArgs& second = args.second;
   const Summary whole = join_segments<Summary>(
       second.cols,
       [&](int64_t begin, int64_t end) { return segment_statistics(first, row, begin, end); },
       [&](Summary& into, const Summary& other) { first.merge_into(into, other); });
   write_state(first, row, whole);
+  centre(args, row);
   if (second.value) {
     const OutcomeSums sums = join_segments<OutcomeSums>(
         second.cols,
@@ -54,6 +65,7 @@ void walk(const WalkArgs& args) {
   const int threads = args.gradient.threads;
   if (rows < 2 * kWalkRows * threads) {  // each pass shares out a row's columns, too
     statistics<Z>(args.first);
+    for (int64_t row = 0; row < rows; ++row) centre(args, row);
     if (second.value) outcomes<Z>(second);
     return gradient<Z>(args.gradient);
   }
@@ -68,7 +80,7 @@ void walk(const WalkArgs& args) {
     for (int64_t row = begin; row < smaller(rows, begin + kWalkRows); ++row) {
       const int64_t from = sizeof(T) == sizeof(Z) ? row : row - 1;
       char* kept = room && from >= begin ? room + from * stride : nullptr;
-      walk_row(first, second, last, row, kept);
+      walk_row(args, first, last, row, kept);
     }
 }
 

@@ -260,10 +260,22 @@ class Block:
     ) -> None:
         """Statistics of both sweeps, and the gradient."""
         values = [self.stats[s][0].data_ptr() for s in wanted if isinstance(s, Outcomes)]
+        centred = [gradient.centred.get(s) for s in wanted if isinstance(s, Moment)]
+        terms = self._terms(gradient.uncentred())
+        if gradient.centred:
+            # The walk takes the means off.
+            student = gradient.student
+            own = torch.zeros(self.rows) if student is None else student
+            terms.c1 = self._pointer(own.to(torch.float64, copy=True))
         with self.backend.running(self.device) as where:
             self.backend.module().row_walk(
                 *(self.dtype, self.streams, self.rows, self.cols),
-                *(self.maxima, self.sums, self._moments(wanted), values[0] if values else 0),
-                *(out.data_ptr(), out.stride(0)),
-                *(self._terms(gradient), FILTER_TILE, self._pointer(peaks), where),
+                *(
+                    self.maxima,
+                    self.sums,
+                    self._moments(wanted),
+                    [self._column(x) for x in centred],
+                ),
+                *(values[0] if values else 0, out.data_ptr(), out.stride(0)),
+                *(terms, FILTER_TILE, self._pointer(peaks), where),
             )

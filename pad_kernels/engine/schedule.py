@@ -217,14 +217,19 @@ def values_of(problem: Problem, stats: RowStats) -> Tensor:
 def _gradient(problem: Problem, part: Part, grad: Tensor, stats: RowStats) -> LogitGradient:
     """Gradient with respect to the logits, given that of the values [outputs, rows]."""
     total, done = LogitGradient(), 0
-    # Coefficients that cancel must have been rounded alike, to what the row pass computes in.
-    stats, grad = stats.to(problem.accumulate), grad.to(problem.accumulate)
     for i, functional in enumerate(problem.recipe.functionals):
         count = functional.outputs(problem.inputs)
         if i in part.functionals:
             total = total + functional.gradient(grad[done : done + count], stats)
         done += count
     return total
+
+
+def _settled_gradient(problem: Problem, part: Part, grad: Tensor, stats: RowStats) -> LogitGradient:
+    """The same, with everything known that it is made of."""
+    # Coefficients that cancel must have been rounded alike, to what the row pass computes in.
+    stats, grad = stats.to(problem.accumulate), grad.to(problem.accumulate)
+    return _gradient(problem, part, grad, stats).settled(stats)
 
 
 def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Tensor:
@@ -280,7 +285,7 @@ def _differentiate_block(
     for sweep in range(1, problem.recipe.sweeps + 1):
         run.measure(part, stats, logits, 0, sweep)
         stats = reduce_stats(stats)
-    gradient = _gradient(problem, part, weights, stats)
+    gradient = _settled_gradient(problem, part, weights, stats)
     return backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
 
 
@@ -312,7 +317,7 @@ def differentiate_vocabulary(
             if a < b:
                 of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
                 part_stats = stats.rows(a, b)
-                gradient = _gradient(problem, part, grad[:, a:b], part_stats)
+                gradient = _settled_gradient(problem, part, grad[:, a:b], part_stats)
                 fused = None if b <= held else run.fused(part, part_stats, of_rows)
                 pieces.append(_Piece(a, b, of_rows, part_stats, gradient, fused))
     room = run.logit_room(rows, plan.vocab_block)

@@ -27,6 +27,7 @@ class Advantage(Functional):
     Gradient: s (x - E_s[x]) with x the difference of the two teachers' logits.
     """
 
+    looks_back = False
     aligned: int = 1
     reference: int = 2
 
@@ -43,18 +44,12 @@ class Advantage(Functional):
         normalizers = (Normalizer(0), Normalizer(self.aligned), Normalizer(self.reference))
         return *normalizers, self._moment
 
-    def _mean(self, stats: RowStats) -> Tensor:
-        return stats[self._moment][0] / stats.total()
-
     def value(self, stats: RowStats) -> Tensor:
         shift = (stats.total(self.reference) / stats.total(self.aligned)).log()
-        return (self._mean(stats) + shift).unsqueeze(0)
+        return (stats[self._moment][0] / stats.total() + shift).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        g = grad[0]
-        return LogitGradient(
-            student=-g * self._mean(stats), moments={self.aligned: g, self.reference: -g}
-        )
+        return LogitGradient(centred={self._moment: grad[0]})
 
 
 @register

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from pad_kernels.functionals.statistics import Block, RowStats, Statistic
+from pad_kernels.functionals.statistics import Block, Moment, RowStats, Statistic
 
 Key = TypeVar("Key")
 
@@ -29,6 +29,10 @@ class LogitGradient:
     ``sparse`` entries, plus ``outside`` times the share of v among the tokens outside its ids,
     plus ``curved`` element-wise parts that are not of this form. Coefficients are [rows]; a sparse
     item is (ids [rows, k], values [rows, k]); ``outside`` is keyed by the name of the ids.
+
+    ``centred`` holds what s_0 (x - E_0[x]) is multiplied by, for a moment of stream 0 whose factor
+    is x. Backends get it as the other coefficients, see :meth:`settled`; where they walk over a row
+    at once, the mean is not known before.
     """
 
     constant: Tensor | None = None
@@ -38,6 +42,7 @@ class LogitGradient:
     sparse: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     outside: dict[str, Tensor] = field(default_factory=dict)
     curved: list[tuple[Functional, Tensor]] = field(default_factory=list)
+    centred: dict[Moment, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: LogitGradient) -> LogitGradient:
         return LogitGradient(
@@ -48,7 +53,23 @@ class LogitGradient:
             self.sparse + other.sparse,
             _add_all(self.outside, other.outside),
             self.curved + other.curved,
+            _add_all(self.centred, other.centred),
         )
+
+    def uncentred(self) -> LogitGradient:
+        """The same but for the means of its centred terms."""
+        found = replace(self, centred={})
+        for moment, x in self.centred.items():
+            parts = {j: c * x for j, c in enumerate(moment.coefficients) if c != 0}
+            found = found + LogitGradient(moments=parts)
+        return found
+
+    def settled(self, stats: RowStats) -> LogitGradient:
+        """The same without centred terms, their means taken from finished statistics."""
+        found = self.uncentred()
+        for moment, x in self.centred.items():
+            found = found + LogitGradient(student=-x * (stats[moment][0] / stats.total()))
+        return found
 
     def rows(self, start: int, stop: int) -> LogitGradient:
         """The same gradient for rows start to stop, as views."""
@@ -60,6 +81,7 @@ class LogitGradient:
             [(ids[start:stop], values[start:stop]) for ids, values in self.sparse],
             {name: x[start:stop] for name, x in self.outside.items()},
             [(functional, g[:, start:stop]) for functional, g in self.curved],
+            {moment: x[start:stop] for moment, x in self.centred.items()},
         )
 
     def sorted_sparse(self) -> tuple[Tensor, Tensor] | None:

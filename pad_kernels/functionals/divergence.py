@@ -117,6 +117,7 @@ class ReverseKL(Functional):
     Gradient: s (log(s/t) - value).
     """
 
+    looks_back = False
     teacher: int = 1
 
     @property
@@ -137,9 +138,7 @@ class ReverseKL(Functional):
         return (mean + (stats.total(self.teacher) / total).log()).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        g = grad[0]
-        mean = stats[self._moment][0] / stats.total()
-        return LogitGradient(student=-g * mean, moments={0: g, self.teacher: -g})
+        return LogitGradient(centred={self._moment: grad[0]})
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class Entropy(Functional):
     Gradient: -s (log s + entropy).
     """
 
+    looks_back = False
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         return Normalizer(0), _SELF
@@ -29,7 +31,5 @@ class Entropy(Functional):
         return (total.log() - stats[_SELF][0] / total).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        g = grad[0]
         # log s + entropy = (a - max) - M/S
-        mean_shift = stats[_SELF][0] / stats.total()
-        return LogitGradient(student=g * mean_shift, moments={0: -g})
+        return LogitGradient(centred={_SELF: -grad[0]})
