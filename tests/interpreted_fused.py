@@ -16,6 +16,7 @@ from pad_kernels.backends.torch_blocked import _dense as dense_gradient
 from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton import fused, topk
 from pad_kernels.backends.triton.tilings import Tiling
+from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
@@ -41,6 +42,8 @@ STATISTICS: dict[int, list[Statistic]] = {
     2: [Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0)), Moment(0, (1.0,))],
     3: [Moment(0, (0.0, 1.0, -1.0)), Moment(1, (-1.0, 1.0)), Total()],
 }
+#: Ids a row, by streams; some are listed twice.
+IDS = {1: 1, 2: 3, 3: 40}
 #: Rows, vocabulary, hidden sizes: nothing divides; one of each; whole tiles, for the copy engine.
 SHAPES = [(21, 107, (45, 17, 33)), (1, 1, (1, 1, 1)), (1, 507, (123, 8, 8)), (32, 96, (32, 64, 16))]
 
@@ -88,7 +91,7 @@ def run_statistics(
     # views of wider tensors, as the rows of a part are
     wide = {k: torch.cat((x, x)) for k, x in inputs.items()}
     stats = empty_stats(wanted, 2 * rows, wide, torch.device("cpu")).rows(rows, 2 * rows)
-    measured = fused.Measured.of(range(len(streams)), wanted, inputs)
+    measured = fused.Measured.of(range(len(streams)), wanted)
     assert measured is not None
     partial = torch.full((splits, len(measured.slots), rows), torch.nan, dtype=torch.float64)
     operands = operands_of(streams)
@@ -114,7 +117,7 @@ def finished(stats: RowStats, statistic: Statistic, bound: bool = False) -> Tens
 def test_statistics(dtype: torch.dtype, count: int, shape, tma: bool) -> None:
     streams = make_streams(shape, count, dtype)
     rows, vocab, _ = shape
-    inputs = {"labels": torch.randint(vocab, (rows, 1 + count))}
+    inputs = {"labels": torch.randint(vocab, (rows, IDS[count]))}
     normalizers: list[Statistic] = [Normalizer(j) for j in range(count)]
     wanted = [*normalizers, *STATISTICS[count], Picked("labels")]
     stats = run_statistics(streams, wanted, inputs, splits=3, tma=tma)
@@ -312,13 +315,13 @@ def test_gradient_of_a_block(dtype: torch.dtype, count: int, tma: bool) -> None:
     normalizers: list[Statistic] = [Normalizer(j) for j in range(count)]
     logits = logits_of(streams, torch.float64)
     stats = measure(normalizers, Block(logits, 0, {}), None)
-    ids = torch.randint(vocab, (rows, 2))
+    ids = torch.randint(vocab, (rows, 1 if count == 1 else 20))
     terms = LogitGradient(
         constant=torch.randn(rows),
         student=torch.randn(rows),
         moments={j: torch.randn(rows) for j in range(count - 1, count)},
         probabilities={j: torch.randn(rows) for j in range(1, count)},
-        sparse=[(ids, torch.randn(rows, 2)), (ids[:, :1], torch.randn(rows, 1))],
+        sparse=[(ids, torch.randn(ids.shape)), (ids[:, :1], torch.randn(rows, 1))][-count:],
     )
     a, b = 33, 33 + 64
     out = torch.full((rows, b - a + 7), torch.nan, dtype=dtype)[:, : b - a]
@@ -379,3 +382,51 @@ def test_topk_op() -> None:
     exact = (hidden.double() @ weight.double().t()).log_softmax(-1).topk(3)
     assert torch.equal(found.ids, exact.indices)
     torch.testing.assert_close(found.logprobs.double(), exact.values, rtol=1e-6, atol=2e-6)
+
+
+#: Rows, vocabulary, features, ids a row: nothing divides; one of each; more ids than a step takes.
+GATHERED = [(9, 50, 133, 21), (1, 1, 1, 1), (3, 507, 123, 5), (40, 7, 16, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", GATHERED)
+def test_candidate_logits(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """Only the rows that count are looked at; -inf weights; ids of several rows."""
+    rows, vocab, size, k = shape
+    hidden = torch.randn(rows, size + 3).to(dtype)[:, :size]
+    weight = torch.randn(vocab + 2, size).t().contiguous().t().to(dtype)
+    ids, logprobs = torch.rand(rows, vocab).argsort(1)[:, :k], torch.full((rows, k), -4.0)
+    counted = torch.rand(rows) < 0.7
+    counted[0] = True
+    ids[~counted], logprobs[~counted] = -7, torch.nan  # nobody looks
+    if vocab > 1:
+        weight[int(ids[0, 0]), 0] = -torch.inf
+        hidden[:, 0] = hidden[:, 0].abs() + 0.1
+    upstream, found = torch.randn(rows, k), []
+    upstream[(ids == ids[0, 0]) & counted[:, None]] = 0.25
+    for working in (dtype, torch.float64, torch.float32):
+        h, w = (x.detach().to(working).requires_grad_() for x in (hidden, weight))
+        if working == dtype:
+            z = candidate_logits(h, w, ids, logprobs, counted, vocab)
+            assert not z[~counted].any()
+        else:
+            z = (h.unsqueeze(1) * w[ids.clamp(0)]).sum(-1).masked_fill(~counted[:, None], 0.0)
+        z.backward(upstream)
+        assert h.grad is not None and w.grad is not None
+        found.append((z.detach().double(), h.grad.double(), w.grad.double()))
+    for i, (got, exact, dense) in enumerate(zip(*found, strict=True)):
+        fine = torch.isfinite(exact)
+        torch.testing.assert_close(got[~fine], exact[~fine], rtol=0, atol=0, equal_nan=True)
+        eps = torch.finfo(torch.float32 if i == 0 else dtype).eps
+        got, exact, dense = got[fine], exact[fine], dense[fine]
+        assert_close(got, exact, dense, GRADIENTS if i else VALUES, 2 * eps)
+
+
+def test_a_wrong_candidate_is_named() -> None:
+    hidden, weight, counted = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([True, False])
+    logprobs = torch.full((2, 1), -1.0)
+    with pytest.raises(ValueError, match=r"teacher.ids: expected token ids in \[0, 8\)"):
+        candidate_logits(hidden, weight, torch.tensor([[8], [0]]), logprobs, counted, 8)
+    found = candidate_logits(hidden, weight, torch.tensor([[7], [8]]), logprobs, counted, 8)
+    torch.testing.assert_close(found[0, 0], hidden[0] @ weight[7])
+    assert found[1, 0] == 0

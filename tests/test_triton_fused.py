@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 # isort: split
-from pad_kernels.backends.triton import fused, topk
+from pad_kernels.backends.triton import fused, gather, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.launch import Launch
 from pad_kernels.backends.triton.tilings import choose_splits, gradient_tiling, statistics_tiling
@@ -44,6 +44,8 @@ ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
     "advantage": (3, (ADVANTAGE,), PLAIN),
     "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
 }
+#: Ids a row where it is not one label.
+PICKED = {"token_stats": 4, "distill_advantage": 200}
 
 
 @pytest.mark.slow
@@ -73,10 +75,10 @@ def statistics_launches(
             tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
             [head] * count,
         )
-        inputs = {"labels": torch.empty(rows, 1, dtype=torch.int64)}
+        inputs = {"labels": torch.empty(rows, PICKED.get(name, 1), dtype=torch.int64)}
         normalizers = [Normalizer(j) for j in range(count)]
         stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
-        measured = fused.Measured.of(range(count), wanted, inputs)
+        measured = fused.Measured.of(range(count), wanted)
         assert measured is not None
         partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
     tiling = statistics_tiling(capability, count, measured.extras, plain=head == PLAIN)
@@ -120,7 +122,7 @@ GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] 
 def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
     """The launch of an op's gradient at a large model's block, without a device."""
     count, moments, probabilities, head = GRADIENTS[name]
-    rows, cols, size = 8192, 4096, 4096
+    rows, cols, size, k = 8192, 4096, 4096, PICKED.get(name, 1)
     with torch.device("meta"):
         operands = fused.Operands(
             [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
@@ -133,7 +135,7 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
             student=torch.empty(rows),
             moments={j: torch.empty(rows) for j in moments},
             probabilities={j: torch.empty(rows) for j in probabilities},
-            sparse=[(torch.empty(rows, 1, dtype=torch.int64), torch.empty(rows, 1))],
+            sparse=[(torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k))],
         )
         out = torch.empty(rows, cols, dtype=torch.bfloat16)
         peaks = torch.empty(cols // 256, dtype=torch.int32) if filtered else None
@@ -183,6 +185,24 @@ def test_topk_compiles(k: int, capability: int) -> None:
         state = torch.empty(2 * k, 4096, dtype=torch.float64)
     cubin = compiled(topk.merge_largest(stream, logits, 0, state), capability)
     assert cubin.count(r"LDG\.E\.(64|128)[.\w]*")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_gathers_compile(capability: int) -> None:
+    """Weight rows are read 16 bytes at a time, and nothing is added atomically."""
+    rows, vocab, size, k = 8192, 128256, 4096, 64
+    with torch.device("meta"):
+        hidden, weight = (torch.empty(n, size, dtype=torch.bfloat16) for n in (rows, vocab))
+        ids, counted = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        z, pairs = torch.empty(rows, k), torch.empty(rows * k, dtype=torch.int64)
+    for launch in (
+        gather.gather_logits(hidden, weight, ids, counted, z, vocab),
+        gather.gather_hidden(z, weight, ids, counted, hidden),
+        gather.scatter_weight(z, hidden, pairs, pairs, weight),
+    ):
+        cubin = compiled(launch, capability)
+        assert cubin.count(r"LDG\.E\.128[.\w]*")
+        assert not cubin.count(r"(ATOM[GS]?|RED)(\.[.\w]*)?")
 
 
 def test_splits_fill_the_device() -> None:

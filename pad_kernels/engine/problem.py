@@ -279,12 +279,12 @@ def _choose_rows(
     if recipe.ignore_index is not None and "labels" in inputs:
         counted = inputs["labels"][:, 0] != recipe.ignore_index
         wanted = torch.where(counted, everything if wanted is None else wanted, -1)
-    bad = _bad_rows(recipe.vocab, inputs)
+    bad = bad_rows(recipe.vocab, inputs)
     if bad is not None and wanted is not None:
         bad = bad & (wanted >= 0)
     whole = [_part(recipe, 0, tokens, everything)] if tokens else []
     muted = None if wanted is None else wanted < 0
-    if _capturing(inputs, coefficients):
+    if capturing(inputs, coefficients):
         return _Rows(None, whole, muted, None if bad is None else bad.any())
     codes = range(-1, everything + 1)
     counts = _to_host(wanted, codes, bad)
@@ -315,7 +315,7 @@ def _to_host(wanted: Tensor | None, codes: range, bad: Tensor | None) -> list[in
     return torch.cat(found).tolist() if found else []
 
 
-def _capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool:
+def capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool:
     """Whether the op is recorded in a CUDA graph, where nothing can be read back."""
     tensors = [*inputs.values()] if coefficients is None else [coefficients]
     return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
@@ -369,7 +369,7 @@ def check_inputs_of(
             _complain(name, x[bad], vocab, ignore_index)
 
 
-def _bad_rows(vocab: int, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def bad_rows(vocab: int, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Rows [N] with an input that is not what it should be; None if nothing is checked."""
     found = None
     for name, x in inputs.items():

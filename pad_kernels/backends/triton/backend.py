@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from pad_kernels.backends.base import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
-from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
+from pad_kernels.backends.triton.launch import Block, Device, run, transform
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
@@ -63,7 +61,7 @@ class TritonBackend:
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
-        _run(logits, transform(head, logits))
+        run(logits, transform(head, logits))
         return logits
 
     def measure(
@@ -82,15 +80,15 @@ class TritonBackend:
         if not block.rows:
             return
         for top in largest:
-            _run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[top]))
+            run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[top]))
         for statistic in ours:
             if isinstance(statistic, Outcomes):
                 launch, partial = block.outcomes(statistic)
-                _run(logits[0], launch)
+                run(logits[0], launch)
                 stats[statistic] += partial.sum(1)
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
-            _run(logits[0], *block.statistics(first))
+            run(logits[0], *block.statistics(first))
 
     def fuses(
         self,
@@ -112,7 +110,7 @@ class TritonBackend:
         chunk: int,
     ) -> None:
         launches = plan_statistics(problem, stats, wanted, hidden, workspace, chunk)
-        _run(hidden[0], *launches)
+        run(hidden[0], *launches)
 
     def differentiate_products(
         self,
@@ -125,7 +123,7 @@ class TritonBackend:
         bound: float,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
-        _run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
+        run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
         return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
@@ -141,7 +139,7 @@ class TritonBackend:
         peaks = _peaks(out, bound)
         block = Block(problem, stats, logits, offset, Device.of(out.device))
         if block.rows:
-            _run(out, block.gradient(gradient, out, peaks))
+            run(out, block.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
 
 
@@ -150,11 +148,3 @@ def _peaks(out: Tensor, bound: float) -> Tensor | None:
     if bound <= 0:
         return None
     return out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
-
-
-def _run(like: Tensor, *launches: Launch) -> None:
-    """Run launches on the device of a tensor, which need not be the current one."""
-    on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
-    with on_device:
-        for launch in launches:
-            launch.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,6 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-#: Ids a row whose logits are picked on the way. Each costs a look at every tile: more of them are
-#: cheaper to gather from a block of logits.
-MOST_PICKED = 32
 _KNOWN = (Normalizer, Moment, Total, Argmax, Picked)
 
 
@@ -63,15 +60,11 @@ class Measured:
     picked: Picked | None
 
     @staticmethod
-    def of(
-        streams: Sequence[int], wanted: Sequence[Statistic], inputs: Mapping[str, Tensor]
-    ) -> Measured | None:
+    def of(streams: Sequence[int], wanted: Sequence[Statistic]) -> Measured | None:
         """What to measure; None if not all of it can stay on the chip."""
         picked = [s for s in wanted if isinstance(s, Picked)]
         known = all(isinstance(s, _KNOWN) for s in wanted)
         if not known or len(picked) > 1 or len(streams) > MOST_STREAMS:
-            return None
-        if picked and inputs[picked[0].ids].shape[1] > MOST_PICKED:
             return None
         moments = tuple(s for s in wanted if isinstance(s, Moment))
         total, argmax = Total() in wanted, Argmax() in wanted
@@ -206,9 +199,11 @@ def statistics_launches(
     rows, vocab = operands.shape
     split_cols = cdiv(cdiv(vocab, tiling.cols), partial.shape[0]) * tiling.cols
     splits = cdiv(vocab, split_cols)
-    ids, picks = None, None
+    ids, places, picks = None, None, None
     if measured.picked is not None:
         ids, target = stats.inputs[measured.picked.ids].contiguous(), stats[measured.picked]
+        if ids.shape[1] > 1:
+            ids, places = ids.sort(dim=1)
         picks = target, ids.shape[1], target.stride(0)
     measure = Launch(
         fused_statistics_kernel,
@@ -216,6 +211,7 @@ def statistics_launches(
         {
             **operands.arguments(tiling, tma=tma),
             "ids": ids,
+            "places": places,
             "picks": picks,
             "partial": partial,
             "split_cols": split_cols,
@@ -250,7 +246,7 @@ def fusable(
     Args:
         chunk: vocabulary entries of a block of logits in the plan; it bounds the workspace.
     """
-    measured = Measured.of(list(hidden), wanted, stats.inputs)
+    measured = Measured.of(list(hidden), wanted)
     if measured is None or not Operands.of(problem, hidden).readable:
         return None
     room = len(hidden) * chunk * problem.recipe.gemm.itemsize

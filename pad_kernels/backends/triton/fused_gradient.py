@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from pad_kernels.backends.triton.gradient import dense_part
+from pad_kernels.backends.triton.lists import cursors_at, upcoming_ids
 from pad_kernels.backends.triton.math import head_slope
 from pad_kernels.backends.triton.tiles import logit_tiles, place
 
@@ -33,7 +34,7 @@ def fused_gradient_kernel(
     heads,  # for each stream (scale, softcap, temperature)
     out,  # (pointer to (rows, vocab), its stride)
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
-    sparse,  # (ids (rows, count) int64, values (rows, count) float32, count), or None
+    sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32, count), or None
     peaks,  # bits of the largest magnitude of each FILTER columns, int32, or None
     rows,
     vocab,  # of this block, as are the weights
@@ -97,13 +98,16 @@ def fused_gradient_kernel(
 @triton.jit
 def _scattered(d, sparse, at, rows, first, BLOCK_N: tl.constexpr):
     """A tile with the sparse entries that lie in it added; ``first`` is its first id."""
-    ids = sparse[0] + at.to(tl.int64) * sparse[2]
-    values = sparse[1] + at.to(tl.int64) * sparse[2]
-    for _ in range(sparse[2]):
-        wanted = tl.load(ids, at < rows, other=-1).to(tl.int32) - first
-        added = tl.load(values, at < rows, other=0.0)
-        hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
+    count, inside = sparse[2], at < rows
+    ids = sparse[0] + at.to(tl.int64) * count
+    values = sparse[1] + at.to(tl.int64) * count
+    cursor = cursors_at(ids, count, first, inside)
+    wanted = upcoming_ids(ids, cursor, count, inside)
+    while tl.min(wanted, 0) < first + BLOCK_N:
+        here = wanted < first + BLOCK_N
+        added = tl.load(values + cursor, here, other=0.0)
+        hit = first + tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
         d += tl.where(hit, added[:, None], 0.0)
-        ids += 1
-        values += 1
+        cursor += here.to(tl.int32)
+        wanted = upcoming_ids(ids, cursor, count, inside)
     return d

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from pad_kernels.backends.triton.fused_state import empty_state, merge_states, tile_state
+from pad_kernels.backends.triton.lists import cursors_at, upcoming_ids
 from pad_kernels.backends.triton.tiles import logit_tiles, place
 
 
@@ -25,7 +26,8 @@ def fused_statistics_kernel(
     biases,  # for each stream (vocab,) float32, or None
     shapes,  # for each stream (H, stride of hidden, stride of weight)
     heads,  # for each stream (scale, softcap, temperature)
-    ids,  # (rows, count) int64, or None
+    ids,  # (rows, count) int64, ascending in each row, or None
+    places,  # (rows, count) int64, which of its row's results an id is; None for one id a row
     picks,  # (pointer to (count, rows) float64, count, its stride)
     partial,  # (splits, slots, rows) float64
     rows,
@@ -50,6 +52,11 @@ def fused_statistics_kernel(
     hidden = (hidden0, hidden1, hidden2)
     weight = (weight0, weight1, weight2)
     state = empty_state(STREAMS, WEIGHTS, TOTAL, ARGMAX, BLOCK_M)
+    MANY: tl.constexpr = ids is not None and places is not None
+    at = row + tl.arange(0, BLOCK_M)
+    if MANY:
+        lists = ids + at.to(tl.int64) * picks[1]
+        cursor = cursors_at(lists, picks[1], split * split_cols, at < rows)
     for col in range(split * split_cols, tl.minimum((split + 1) * split_cols, vocab), BLOCK_N):
         logits, _ = logit_tiles(
             hidden,
@@ -67,8 +74,11 @@ def fused_statistics_kernel(
             BLOCK_K,
             TMA,
         )
-        if ids is not None:
-            _pick(logits[0], ids, picks, row, col, rows, BLOCK_M, BLOCK_N)
+        if MANY:
+            cursor = _pick(logits[0], lists, cursor, places, picks, at, col, rows, BLOCK_N)
+        elif ids is not None:
+            wanted = tl.load(ids + at, at < rows, other=-1).to(tl.int32) - col
+            _store_picked(logits[0], wanted, picks[0] + at, BLOCK_N)
         fresh = tile_state(
             logits, col, vocab, WEIGHTS, COEFFICIENTS, TOTAL, ARGMAX, STREAMS, BLOCK_N
         )
@@ -80,20 +90,31 @@ def fused_statistics_kernel(
 
 
 @triton.jit
-def _pick(logits, ids, picks, row, col, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store the logits of those of the rows' ids [rows, count] that lie in this tile."""
-    at = row + tl.arange(0, BLOCK_M)
-    source = ids + at.to(tl.int64) * picks[1]
-    target = picks[0] + at
-    for _ in range(picks[1]):
-        wanted = tl.load(source, at < rows, other=-1).to(tl.int32) - col
-        inside = (wanted >= 0) & (wanted < BLOCK_N)
-        if tl.max(inside.to(tl.int32), 0) > 0:
-            hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
-            found = tl.sum(tl.where(hit, logits, 0.0), 1).to(tl.float64)
-            tl.store(target, found, inside)
-        source += 1
-        target += picks[2]
+def _store_picked(logits, wanted, target, BLOCK_N: tl.constexpr):
+    """Store each row's logit in column ``wanted`` of a tile, if it lies in the tile.
+
+    It is the very number that the normaliser adds up: from anywhere else, a confident log-prob
+    could come out above 0.
+    """
+    inside = (wanted >= 0) & (wanted < BLOCK_N)
+    if tl.max(inside.to(tl.int32), 0) > 0:
+        hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
+        found = tl.sum(tl.where(hit, logits, 0.0), 1).to(tl.float64)
+        tl.store(target, found, inside)
+
+
+@triton.jit
+def _pick(logits, lists, cursor, places, picks, at, col, rows, BLOCK_N: tl.constexpr):
+    """Store the logits of all of the rows' listed ids in this tile; the cursors behind them."""
+    count, inside = picks[1], at < rows
+    wanted = upcoming_ids(lists, cursor, count, inside)
+    while tl.min(wanted, 0) < col + BLOCK_N:
+        here = wanted < col + BLOCK_N
+        place = tl.load(places + at.to(tl.int64) * count + cursor, here, other=0)
+        _store_picked(logits, wanted - col, picks[0] + place * picks[2] + at, BLOCK_N)
+        cursor += here.to(tl.int32)
+        wanted = upcoming_ids(lists, cursor, count, inside)
+    return cursor
 
 
 @triton.jit

@@ -6,6 +6,7 @@ that is not there is what would run on it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,14 @@ class Launch:
     def run(self) -> None:
         """Put it on the current stream of the current device."""
         self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+def run(like: Tensor, *launches: Launch) -> None:
+    """Run launches on the device of a tensor, which need not be the current one."""
+    on_device = torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    with on_device:
+        for launch in launches:
+            launch.run()
 
 
 @dataclass(frozen=True)
