@@ -10,10 +10,19 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the matrix products' operands for inputs of ``dtype``.
+def gemm_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Dtype of the matrix products' operands for inputs of ``dtype`` on a type of device.
 
-    float16 products run in float32 on cast blocks: float16 cannot hold a flat softmax's gradient
-    (1/V is subnormal from V = 16k on), and CPUs are no faster in float16.
+    On a CPU float16 products run in float32 on cast blocks, and are no slower. A GPU multiplies
+    float16 and adds up in float32; what a flat softmax's gradient then needs, see
+    ``GradientBuffers.operand``.
     """
-    return torch.float32 if dtype == torch.float16 else dtype
+    return torch.float32 if dtype == torch.float16 and device != "cuda" else dtype
+
+
+def product_dtype(gemm: torch.dtype) -> torch.dtype:
+    """Dtype that a gradient's products of ``gemm`` operands are written in.
+
+    float16 has not the range: a sum over rows may overflow whose mean does not.
+    """
+    return torch.float32 if gemm == torch.float16 else gemm

@@ -38,3 +38,11 @@ def home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same as the current folder."""
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def multiply_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float16 operands, as on a GPU."""
+    from pad_kernels.engine import call
+
+    monkeypatch.setattr(call, "gemm_dtype", lambda dtype, device: dtype)

@@ -227,11 +227,14 @@ def assert_close(got: Tensor, exact: Tensor, dense: Tensor, k: int, least: float
     assert (got - exact).norm() <= k * room
 
 
-@pytest.mark.parametrize("filtered", [False, True])
-def test_token_stats_through_the_engine(fused_calls: list[str], filtered: bool) -> None:
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize(("dtype", "filtered"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_token_stats_through_the_engine(
+    fused_calls: list[str], dtype: torch.dtype, filtered: bool
+) -> None:
     """Per-token outputs and their gradients; left-out rows, a soft cap, a part of the weight."""
     rows, vocab, size = 19, 301, 48
-    hidden, weight = torch.randn(rows, size).bfloat16(), torch.randn(vocab + 5, size).bfloat16()
+    hidden, weight = torch.randn(rows, size).to(dtype), torch.randn(vocab + 5, size).to(dtype)
     labels = torch.randint(vocab, (rows,))
     labels[4] = -100
     live, head = labels != -100, HeadOptions(20.0, 1.0, 0.5)
@@ -247,8 +250,8 @@ def test_token_stats_through_the_engine(fused_calls: list[str], filtered: bool) 
     assert fused_calls == ["plan_statistics"] + ["plan_gradient"] * 3
     oracle = Rounded([(hidden[live].detach(), weight[:vocab].detach())])
     values, gradients = [], []
-    for dtype in (torch.float64, torch.float32):
-        logprob = oracle.logprobs(dtype, head)[0]
+    for working in (torch.float64, torch.float32):
+        logprob = oracle.logprobs(working, head)[0]
         picked = logprob.gather(1, labels[live, None])[:, 0]
         values.append((picked, -(logprob.exp() * logprob).sum(-1)))
         loss = (values[-1][0] * upstream[0, live] + values[-1][1] * upstream[1, live]).sum()
@@ -256,7 +259,7 @@ def test_token_stats_through_the_engine(fused_calls: list[str], filtered: bool) 
     eps = torch.finfo(torch.float32).eps
     for mine, exact, dense in zip((found.logprob[live], found.entropy[live]), *values, strict=True):
         assert_close(mine.double(), exact.double(), dense.double(), VALUES, 4 * eps)
-    half = torch.finfo(torch.bfloat16).eps
+    half = torch.finfo(dtype).eps
     assert not got[0][~live].any()
     assert not got[1][vocab:].any()
     mine = got[0][live], got[1][:vocab]

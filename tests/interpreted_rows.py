@@ -54,7 +54,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poison(monkeypatch: pytest.MonkeyPatch, multiply_float16: None) -> None:
     monkeypatch.setattr(account, "poison", True)
 
 

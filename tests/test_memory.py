@@ -150,6 +150,17 @@ def test_allocator_stays_within_plan_and_plan_within_budget(
             step()
 
 
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize("schedule", [None, "early", "late", "kept"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_allocator_where_float16_is_multiplied(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], schedule: str | None
+) -> None:
+    test_allocator_stays_within_plan_and_plan_within_budget(
+        monkeypatch, shape, torch.float16, "torch_blocked", schedule
+    )
+
+
 @pytest.mark.parametrize("schedule", ["early", "late", "kept"])
 @pytest.mark.parametrize("what", ["strided weight", "autocast", "filter"])
 def test_allocator_with_copies(monkeypatch: pytest.MonkeyPatch, what: str, schedule: str) -> None:

@@ -75,7 +75,7 @@ class Call:
                 reject_transforms(name + field_name, getattr(head, field_name))
         student = self.student.hidden.dtype
         mixed = autocast if autocast is not None and student != torch.float64 else student
-        self._gemm = gemm_dtype(mixed)
+        self._mixed = mixed
         self._request = PlanRequest.of(self.plan)
         sizes = [h.weight.shape[0] if h.vocab_size is None else h.vocab_size for h in heads]
         for size, name in zip(sizes, names, strict=True):
@@ -100,6 +100,10 @@ class Call:
                     "one that does",
                 )
 
+    def gemm(self, device: str) -> torch.dtype:
+        """Dtype of the products' operands on a type of device."""
+        return gemm_dtype(self._mixed, device)
+
     @property
     def rows(self) -> Tensor:
         """The student's hidden states as [N, H]."""
@@ -123,7 +127,7 @@ class Call:
             input_names=tuple(self.inputs),
             vocab=self.vocab,
             ignore_index=self.ignore_index,
-            gemm=self._gemm,
+            gemm=self.gemm(student.hidden.device.type),
             needs=(
                 grad and student.hidden.requires_grad,
                 grad and student.weight.requires_grad,

@@ -15,7 +15,8 @@ class Device:
     Args:
         type: "cpu" or "cuda".
         memory: total bytes; 0 for a CPU, whose budget is fixed.
-        flops: of a large matrix product a second: float64, float32 (without TF32), bfloat16.
+        flops: of a large matrix product a second: float64, float32 (without TF32), half
+            precision.
         bandwidth: bytes of memory traffic a second.
         block_seconds: Python, dispatch and launches for one block.
     """
@@ -27,9 +28,9 @@ class Device:
     block_seconds: float
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Flops a second of products of this dtype; float16 is multiplied in float32."""
+        """Flops a second of products of this dtype."""
         known = (torch.float64, torch.float32, torch.bfloat16)
-        return self.flops[known.index(torch.float32 if dtype == torch.float16 else dtype)]
+        return self.flops[known.index(torch.bfloat16 if dtype == torch.float16 else dtype)]
 
 
 _GIB = 1 << 30

@@ -64,6 +64,7 @@ def explain(
         check_choice("device", device, tuple(DEVICES))
         there = DEVICES[device]
         recipe = recipe.on(recipe.request.backend or PREFERRED[there.type][0])
+        recipe = replace(recipe, gemm=call.gemm(there.type))
         shape = call.shape(recipe, reduced=not per_token)
         shape = replace(shape, device=device, device_bytes=there.memory)
     found = make_plan(shape, recipe.request)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pad_kernels._dtypes import product_dtype
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.workspace import Workspace, empty
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: Columns of the logit gradient that the filter keeps or skips together.
 FILTER_TILE = 256
+#: Exponent of the largest upstream gradient that float16 operands are made of. It leaves room for
+#: slopes of some thousand, and 1 / V of the largest vocabularies is still a normal number.
+_TOP = 4
 
 
 def column_runs(peaks: Tensor | None, bound: float, cols: int) -> list[tuple[int, int]]:
@@ -41,6 +44,10 @@ class GradientBuffers:
     ``early`` says that the upstream gradient is not known yet. float16 gradients are then summed in
     float32 and stored times a power of two, so that a loss scale that arrives later finds them
     whole; :meth:`finish` tells the factors that are left to apply.
+
+    Where products take float16 operands, dL/dz is a power of two times what it is, so that the
+    largest per-row factor is about 2^_TOP: 1 / N and a loss scale, of now or later, change nothing.
+    Products are then written in float32, and the power is taken out at the end.
     """
 
     def __init__(self, problem: Problem, plan: Plan, workspace: Workspace, *, early: bool) -> None:
@@ -54,6 +61,8 @@ class GradientBuffers:
         self._weight_sum: Tensor | None = None
         self._scratch: dict[str, Tensor] = {}
         self._weight_started = False
+        self._product = product_dtype(problem.recipe.gemm)
+        self._inverse: Tensor | None = None  # what the operands lack
         if needs[0]:
             shape = (problem.tokens, student.hidden.shape[1])
             self.hidden = empty(shape, student.hidden.dtype, device, limit=problem.limit)
@@ -76,6 +85,14 @@ class GradientBuffers:
         if name not in self._scratch:
             self._scratch[name] = self.workspace.empty(rows, like.shape[1], dtype=dtype)
         return self._scratch[name]
+
+    def operand(self, grad: Tensor) -> Tensor:
+        """Upstream gradients [outputs, rows] as dL/dz, an operand of products, is made of them."""
+        if self.problem.recipe.gemm != torch.float16 or not grad.numel():
+            return grad
+        factor = _power(grad, _TOP)
+        self._inverse = 1 / factor
+        return grad * factor.to(grad.dtype)
 
     # --- early: a block of rows, the whole vocabulary --------------------------------------------
 
@@ -100,7 +117,7 @@ class GradientBuffers:
     ) -> None:
         student, gemm = self.problem.streams[0], self.problem.recipe.gemm
         rows, copy, live = dz.shape[0], run.copies[0], self.problem.live
-        part = self._buffer("product", self.plan.token_block, student.weight, gemm)[:rows]
+        part = self._buffer("product", self.plan.token_block, student.weight, self._product)[:rows]
         if copy is None and runs == [(0, dz.shape[1])]:
             found = _product(dz, student.weight, part)
         else:
@@ -128,7 +145,7 @@ class GradientBuffers:
             if self._weight_started:
                 part = None
                 if total.dtype != dz.dtype:
-                    part = self._buffer("weight", step, hidden, dz.dtype)[: b - a]
+                    part = self._buffer("weight", step, hidden, self._product)[: b - a]
                 _add_product(total[a:b], dz[:, a:b].t(), hidden, part)
             else:
                 self._set_product(total[a:b], dz[:, a:b].t(), hidden, step)
@@ -153,6 +170,8 @@ class GradientBuffers:
                 chunk.zero_()
             for a, b in runs:
                 self._set_product(chunk[a:b], dz[:, a:b].t(), hidden, self.plan.vocab_block)
+            if chunk.dtype == self._product:
+                self._restored(chunk)
         if self.bias is not None:
             torch.sum(dz, 0, dtype=self.bias.dtype, out=self.bias[start:stop])
         if self.hidden is None:
@@ -160,7 +179,7 @@ class GradientBuffers:
         total = self._hidden_total()
         part = None
         if total.dtype != gemm:
-            part = self._buffer("product", total.shape[0], total, gemm)
+            part = self._buffer("product", total.shape[0], total, self._product)
         for a, b in runs:
             weight = student.weights(start + a, start + b, gemm, run.copies[0])
             _add_product(total, dz[:, a:b], weight, part)
@@ -178,46 +197,65 @@ class GradientBuffers:
         return self._hidden_sum
 
     def _set_product(self, target: Tensor, left: Tensor, right: Tensor, step: int) -> None:
-        """Target = left @ right, through scratch where the product has another dtype."""
-        if target.dtype == left.dtype:
-            torch.mm(left, right, out=target)
+        """Target = left @ right, restored through scratch where the product has another dtype."""
+        if target.dtype == self._product:
+            _multiply(left, right, target)
         else:
-            part = self._buffer("weight", step, right, left.dtype)[: target.shape[0]]
-            target.copy_(torch.mm(left, right, out=part))
+            part = self._buffer("weight", step, right, self._product)[: target.shape[0]]
+            target.copy_(self._restored(_multiply(left, right, part)))
 
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """Gradients in their parameters' dtypes, and the three factors that they still lack."""
-        factors = torch.ones(3, dtype=torch.float64)
-        if self.hidden is not None and self._hidden_sum is not None and self.problem.rows:
+        factors = torch.ones(3, dtype=torch.float64, device=self.problem.device)
+        rows = self.problem.rows
+        if self.hidden is not None and rows:
             total, live = self._hidden_sum, self.problem.live
-            if total.shape == self.hidden.shape:
-                factors[0] = self._store(self.hidden, total)
+            if total is None or live is None or self.plan.gradient_over == "tokens":
+                self._store(self.hidden, self.hidden if total is None else total, factors[0])
             else:
-                assert live is not None
-                self.hidden.index_copy_(0, live, total.to(self.hidden.dtype))
-        if self.weight is not None and self._weight_sum is not None and self.problem.rows:
-            factors[1] = self._store(self.weight[: self.problem.recipe.vocab], self._weight_sum)
+                self.hidden.index_copy_(0, live, self._restored(total).to(self.hidden.dtype))
+        if self.weight is not None and rows and self._weight_started:
+            weight = self.weight[: self.problem.recipe.vocab]
+            total = weight if self._weight_sum is None else self._weight_sum
+            self._store(weight, total, factors[1])
         bias = None
         if self.bias is not None:
             assert self.problem.bias_dtype is not None
             bias = torch.empty_like(self.bias, dtype=self.problem.bias_dtype)
-            factors[2] = self._store(bias, self.bias)
+            self._store(bias, self.bias, factors[2])
         return self.hidden, self.weight, bias, factors
 
-    def _store(self, target: Tensor, total: Tensor) -> float:
-        """Copy a sum to its final dtype, float16 times a power of two; return what is lacking."""
-        factor = 1.0
+    def _restored(self, total: Tensor) -> Tensor:
+        """A sum of products, in place without the power of two that was put into them."""
+        return total if self._inverse is None else total.mul_(self._inverse)
+
+    def _store(self, target: Tensor, total: Tensor, factor: Tensor) -> None:
+        """Copy a sum to its final dtype, float16 times a power of two; note what is lacking."""
         if self.early and target.dtype == torch.float16 and total.numel():
-            largest = float(total.abs().max())
-            if 0.0 < largest < math.inf:
-                exponent = 14 - math.frexp(largest)[1]
-                total.mul_(2.0**exponent)
-                factor = 2.0**-exponent
+            power = _power(total, 14)
+            total.mul_(power)
+            factor.div_(power)
+            if self._inverse is not None:
+                factor.mul_(self._inverse)
+        else:
+            self._restored(total)
         if target is not total:
             target.copy_(total)
-        return factor
+
+
+def _power(x: Tensor, exponent: int) -> Tensor:
+    """The power of two that brings the largest magnitude to [2^(exponent - 1), 2^exponent), 0-d.
+
+    1 where there is none: of zeros, infinities or NaN. It stays on its device.
+    """
+    low, high = torch.aminmax(x)
+    largest = torch.maximum(-low, high).double()
+    found = exponent - torch.frexp(largest).exponent
+    found = torch.where((largest > 0) & largest.isfinite(), found.clamp(-126, 126), 0)
+    # Put together bit by bit: a device's power function may be off by a rounding.
+    return ((found.long() + 1023) << 52).view(torch.float64)
 
 
 def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
@@ -248,5 +286,14 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         step = _NARROW_ROWS if left.stride(1) == 1 else step
     for start in range(0, left.shape[0], max(step, 1)):
         rows = slice(start, start + step)
-        torch.mm(left[rows], right, out=out[rows])
+        _multiply(left[rows], right, out[rows])
     return out
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """The product of two matrices, in float32 if that is what ``out`` is."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

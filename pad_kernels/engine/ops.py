@@ -311,7 +311,8 @@ def _(
     if plan.schedule == "early" and any(todo.needs):
         needs = zip(todo.needs, (hidden, weight, bias), strict=True)
         gradients = [_like(x) if need and x is not None else None for need, x in needs]
-        return _sum_outputs(parts, gradients, torch.empty(3, dtype=torch.float64))
+        factors = hidden.new_empty(3, dtype=torch.float64)
+        return _sum_outputs(parts, gradients, factors)
     size = (_stats_rows(todo, row_inputs), hidden.shape[0])
     stats = hidden.new_empty(size, dtype=torch.float64)
     kept = hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
@@ -326,9 +327,9 @@ def scale_gradients_(
 
     Not at all if that is 1; on a GPU nobody waits to find out.
     """
-    number = scale if scale.is_cuda else float(scale)
-    for gradient, factor in zip((hidden, weight, bias), factors.tolist(), strict=True):
-        product = factor * number
+    products = factors * scale
+    numbers = products.unbind() if scale.is_cuda else products.tolist()
+    for gradient, product in zip((hidden, weight, bias), numbers, strict=True):
         if gradient.numel() and (scale.is_cuda or product != 1.0):
             _scale_exactly(gradient, product)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pad_kernels._checks import fail_value
-from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._dtypes import accumulate_dtype, product_dtype
 from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape, row_pitch
 
@@ -114,6 +114,11 @@ class _Candidates:
     def _acc(self) -> int:
         return accumulate_dtype(self.shape.input).itemsize
 
+    @property
+    def _product(self) -> int:
+        """Bytes of an entry of a gradient's product."""
+        return product_dtype(self.shape.gemm).itemsize
+
     def _shared(self, cols: int) -> int:
         """Buffers of every pass: a copied weight chunk, temporaries of the plain torch backend."""
         copied = cols * max(self.shape.hidden) * self._item if self.shape.copied_weights else 0
@@ -143,10 +148,10 @@ class _Candidates:
         need = self._room_bytes(shape.tokens, cols) + self._rows_bytes(shape.tokens)
         need += self._shared(cols)
         if gradient and shape.needs[0]:
-            half = shape.gemm == torch.bfloat16
-            need += shape.tokens * shape.hidden[0] * (self._acc + (self._item if half else 0))
-        if gradient and shape.needs[1] and shape.weight != shape.gemm:
-            need += cols * shape.hidden[0] * self._item
+            half = shape.gemm.itemsize == 2
+            need += shape.tokens * shape.hidden[0] * (self._acc + (self._product if half else 0))
+        if gradient and shape.needs[1] and shape.weight != product_dtype(shape.gemm):
+            need += cols * shape.hidden[0] * self._product
         if gradient and shape.needs[2]:
             need += shape.vocab * self._acc
         return need
@@ -156,13 +161,13 @@ class _Candidates:
         shape, h = self.shape, self.shape.hidden[0]
         need = 0
         if shape.needs[0]:
-            need += rows * h * self._item
+            need += rows * h * self._product
             if shape.copied_weights or self.request.filter:
                 need += rows * h * self._acc
             if shape.input == torch.float16:
                 need += shape.tokens * h * self._acc
         if shape.needs[1]:
-            need += cols * h * self._item if accumulator or shape.weight != shape.gemm else 0
+            need += cols * h * self._product if accumulator or shape.weight != shape.gemm else 0
             need += shape.vocab * h * self._acc if accumulator else 0
         if shape.needs[2]:
             need += shape.vocab * self._acc

@@ -246,6 +246,7 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
     vocab = problem.recipe.vocab
     values = torch.empty(weights.shape, dtype=problem.accumulate, device=problem.device)
     step = min(plan.token_block, problem.rows)
+    weights = out.operand(weights)
     bound = plan.filter * float(weights.abs().max()) if plan.filter and problem.rows else 0.0
     for part in problem.parts:
         for a, b in blocks(part.stop - part.start, step):
@@ -306,6 +307,7 @@ def differentiate_vocabulary(
     rows = problem.rows
     if rows == 0:
         return
+    grad = out.operand(grad)
     held = 0 if kept is None else min(kept.shape[1], rows)
     student = run.hidden(Part(0, rows, (0,), ()), 0, rows, rows)[0]
     pieces = []
