@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pad_kernels.backends.triton import autotune
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
 from pad_kernels.backends.triton.launch import Columns, Device, Launch, head_kind, head_numbers
@@ -145,6 +146,14 @@ class Operands:
         """Whether no head transforms its logits."""
         return all(head_kind(head) == IDENTITY for head in self.heads)
 
+    @property
+    def key(self) -> str:
+        """What block sizes may depend on: dtype, head transforms, the class of the shape."""
+        like = self.hidden[0]
+        heads = "".join(str(head_kind(head)) for head in self.heads)
+        sizes = autotune.shape_class(*self.shape, like.shape[1])
+        return f"{str(like.dtype).removeprefix('torch.')}/heads {heads}/{sizes}"
+
     def cut(self, start: int, stop: int) -> Operands:
         """The same streams, vocabulary entries start to stop."""
         return Operands(
@@ -249,8 +258,13 @@ def fusable(
     measured = Measured.of(list(hidden), wanted)
     if measured is None or not Operands.of(problem, hidden).readable:
         return None
-    room = len(hidden) * chunk * problem.recipe.gemm.itemsize
-    return measured if len(measured.slots) * 8 <= room else None
+    return measured if _most_splits(measured, problem, chunk) else None
+
+
+def _most_splits(measured: Measured, problem: Problem, chunk: int) -> int:
+    """How many splits' partial statistics take no more than ``chunk`` logits a row and stream."""
+    room = len(measured.streams) * chunk * problem.recipe.gemm.itemsize
+    return room // (len(measured.slots) * 8)
 
 
 def plan_statistics(
@@ -270,20 +284,24 @@ def plan_statistics(
     operands = Operands.of(problem, hidden)
     rows, vocab = operands.shape
     device = Device.of(problem.device)
-    tiling = statistics_tiling(
-        device.capability, len(hidden), measured.extras, plain=operands.plain
+    slots, most = len(measured.slots), _most_splits(measured, problem, chunk)
+
+    def splits(tiling: Tiling) -> int:
+        tiles = cdiv(rows, tiling.rows), cdiv(vocab, tiling.cols)
+        return choose_splits(*tiles, device.multiprocessors, tiling.group, most)
+
+    def build(tiling: Tiling) -> tuple[Launch, Launch]:
+        partial = room[: splits(tiling) * slots * rows].view(-1, slots, rows)
+        copies = device.capability >= 90
+        return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
+
+    plain = operands.plain
+    tilings = autotune.candidates(
+        device, statistics_tiling(device.capability, len(hidden), measured.extras, plain=plain)
     )
-    slots = len(measured.slots)
-    splits = choose_splits(
-        cdiv(rows, tiling.rows),
-        cdiv(vocab, tiling.cols),
-        device.multiprocessors,
-        tiling.group,
-        len(hidden) * chunk * problem.recipe.gemm.itemsize // (slots * 8),
-    )
-    partial = workspace.empty(splits, slots, rows, dtype=torch.float64)
-    copies = device.capability >= 90
-    return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
+    room = workspace.empty(max(map(splits, tilings)) * slots * rows, dtype=torch.float64)
+    key = f"statistics/{measured.extras}/{operands.key}"
+    return build(autotune.choose(key, hidden[0], tilings, build))
 
 
 def gradient_launch(
@@ -349,6 +367,15 @@ def plan_gradient(
     operands = operands.cut(offset, offset + out.shape[1])
     device = Device.of(problem.device)
     plain = operands.plain and peaks is None
-    tiling = gradient_tiling(device.capability, len(used), plain=plain)
-    copies = device.capability >= 90
-    return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)
+
+    def build(tiling: Tiling, peaks: Tensor | None) -> Launch:
+        copies = device.capability >= 90
+        return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)
+
+    def trial(tiling: Tiling) -> tuple[Launch]:
+        return (build(tiling, None if peaks is None else torch.empty_like(peaks)),)
+
+    shipped = gradient_tiling(device.capability, len(used), plain=plain)
+    tilings = autotune.candidates(device, shipped)
+    key = f"gradient/{len(terms.moments)}{len(terms.probabilities)}{plain}/{operands.key}"
+    return build(autotune.choose(key, out, tilings, trial), peaks)

@@ -66,6 +66,39 @@ _CURVED = {
 #: One stream without a head transform and nothing besides: the widest instructions.
 _WIDE = Tiling(128, 256, 64, 8, 3)
 
+#: What autotuning tries beside the shipped sizes: tiles half and twice as wide, steps half and
+#: twice as deep (fewer barriers against fewer stages), four warps for small tiles, and more or
+#: fewer token tiles side by side. What spills or does not fit is slow or refused.
+TRIALS = {
+    80: (
+        Tiling(128, 128, 32, 8, 3),
+        Tiling(128, 128, 64, 8, 3),
+        Tiling(128, 64, 64, 8, 3),
+        Tiling(64, 128, 32, 4, 4),
+        Tiling(64, 64, 64, 4, 3),
+        Tiling(128, 128, 32, 8, 4, 8),
+        Tiling(128, 64, 32, 4, 4),
+    ),
+    90: (
+        Tiling(128, 256, 64, 8, 4),
+        Tiling(128, 128, 64, 8, 3),
+        Tiling(128, 128, 128, 8, 2),
+        Tiling(256, 128, 64, 8, 3),
+        Tiling(128, 128, 64, 4, 4),
+        Tiling(64, 128, 64, 4, 4),
+        Tiling(128, 128, 64, 8, 4, 8),
+        Tiling(128, 64, 64, 4, 4),
+    ),
+    100: (
+        Tiling(128, 256, 64, 8, 3),
+        Tiling(128, 128, 64, 8, 3),
+        Tiling(128, 128, 128, 8, 2),
+        Tiling(128, 64, 128, 8, 3),
+        Tiling(128, 128, 64, 4, 4),
+        Tiling(128, 128, 64, 8, 4, 8),
+    ),
+}
+
 #: Streams of one kernel.
 MOST_STREAMS = 3
 #: Rows of a program that merges vocabulary splits.
