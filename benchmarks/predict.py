@@ -46,6 +46,7 @@ def plan_of(op: tuple, size: tuple[int, int, int], device: str) -> Plan:
         backend="triton",
         device=device,
         device_bytes=DEVICES[device].memory,
+        fused=sweeps == 1,
     )
     return make_plan(shape, PlanRequest(schedule, budget=None if streams > 1 else GIB))
 

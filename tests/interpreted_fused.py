@@ -19,6 +19,7 @@ from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton.tilings import Tiling
 from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.problem import Stream
+from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
@@ -291,6 +292,30 @@ def test_measured_tilings_change_nothing_but_last_digits(
         torch.testing.assert_close(
             a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-3
         )
+
+
+def test_scoring_some_rows_at_a_time(fused_calls: list[str]) -> None:
+    """Without a gradient, in blocks of rows that share their buffers, within the plan."""
+    hidden, weight = torch.randn(37, 32).bfloat16(), torch.randn(131, 32).bfloat16()
+    labels = torch.randint(131, (37,))
+    labels[::5] = -100
+    whole = pk.linear_logprob(hidden, weight, labels, plan=pk.PlanRequest(None, "triton"))
+    shape = {"token_block": 8, "vocab_block": 64}
+    plan = pk.PlanRequest(None, "triton", **shape)
+    account.reset()
+    found = pk.linear_logprob(hidden, weight, labels, plan=plan)
+    assert fused_calls == ["plan_statistics"] * (1 + 4)  # of 29 rows that count
+    assert torch.equal(found, whole)
+    assert (
+        account.high_water <= pk.explain(hidden, weight, per_token=True, plan=plan).workspace_bytes
+    )
+    odd = hidden[:, :30].contiguous(), weight[:, :30].contiguous()
+    other = pk.linear_logprob(*odd, labels, plan=plan)
+    exact = (odd[0].double() @ odd[1].double().t()).log_softmax(-1)
+    live = labels >= 0
+    exact = exact.gather(1, labels.clamp(min=0)[:, None])[live, 0]
+    assert_close(other[live].double(), exact, exact.bfloat16().double(), VALUES, 2**-8)
+    assert len(fused_calls) == 5
 
 
 def test_three_streams_through_the_engine(fused_calls: list[str]) -> None:

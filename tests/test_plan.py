@@ -227,6 +227,23 @@ def test_explain_plans_for_a_device_that_is_not_here(
         assert plan.backend == "triton"
 
 
+def test_scoring_on_a_gpu_takes_little_memory() -> None:
+    """Statistics that never see logits in memory: rows by rows, and room for their parts."""
+    hidden, weight = (
+        torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta") for rows in (8192, 128256)
+    )
+    for gemm in (torch.bfloat16, torch.float16):
+        plan = pk.explain(hidden.to(gemm), weight.to(gemm), per_token=True, device="h200")
+        assert plan.gemm == gemm and plan.workspace_bytes < 64 << 20
+        assert plan.seconds < 1.02 * plan.flops / DEVICES["h200"].rate(gemm)
+        small = pk.PlanRequest(budget=plan.workspace_bytes // 4)
+        less = pk.explain(hidden.to(gemm), weight.to(gemm), device="h200", plan=small)
+        assert less.workspace_bytes <= plan.workspace_bytes // 4
+    # What kernels cannot read is multiplied in chunks of logits.
+    narrow = pk.explain(hidden[:, :4088], weight[:, :4088], per_token=True, device="h200")
+    assert narrow.token_block == 0 and narrow.seconds > plan.seconds
+
+
 # --- the request ---
 
 

@@ -12,7 +12,6 @@ from pad_kernels._checks import fail_value
 from pad_kernels.backends.registry import cuda_error, native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
-from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
 from pad_kernels.heads import HeadOptions
@@ -87,10 +86,13 @@ class FusedBackend(Protocol):
         stats: RowStats,
         wanted: list[Statistic],
         hidden: dict[int, Tensor],
-        workspace: Workspace,
+        room: Tensor,
         chunk: int,
     ) -> None:
-        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H]."""
+        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H].
+
+        ``room`` is the plan's for ``chunk`` logits of every row and stream, to be used at will.
+        """
         ...
 
     def differentiate_products(

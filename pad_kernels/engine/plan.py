@@ -140,6 +140,8 @@ class Shape:
 
     ``reduced`` says that the op's output is one number. ``copied_weights`` that some weight cannot
     enter a matrix product as it lies (another dtype, odd strides) and is copied chunk by chunk.
+    ``fused`` that statistics are taken without logits in memory: it says how long a plan takes, not
+    how much memory, so that an operand that kernels cannot read after all costs no more of it.
     """
 
     tokens: int
@@ -155,6 +157,7 @@ class Shape:
     device: str = "cpu"  # an entry of engine.devices.DEVICES
     device_bytes: int = 0
     copied_weights: bool = False
+    fused: bool = False
 
     @property
     def streams(self) -> int:
@@ -174,7 +177,8 @@ class Plan:
     Args:
         schedule: "early", "late" or "kept".
         backend: who does the row passes.
-        token_block: rows of a token block (early, kept, and two-sweep statistics).
+        token_block: rows of a token block (early, kept, two-sweep statistics, and statistics alone
+            where they are fused with their products); 0 for all.
         vocab_block: entries of a vocabulary chunk (late, and gradients that run over chunks).
         kept_rows: rows whose logits stay between forward and backward.
         gradient_over: "tokens" (block by block, early) or "vocabulary" (chunk by chunk, no

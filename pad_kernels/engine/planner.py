@@ -29,6 +29,12 @@ TORCH_TILE = 1 << 18
 TORCH_TEMPORARIES = 16
 #: Above this many rows a block never holds all of them.
 WHOLE_ROWS = 512
+#: Rows of statistics that are fused with their products: as many as keep a product busy reading no
+#: weight twice as fast as it is multiplied, gathered at a time; and room for their splits' parts.
+FUSED_ROWS, FUSED_COLS = 4096, 2048
+#: Bytes a row, of so many rows at least, for what row passes on a GPU make besides: coefficients
+#: side by side, and the parts of rows that are split over programs. 64 doubles.
+ROW_NUMBERS, LEAST_ROWS = 512, 4096
 #: So many token blocks add up in a half-precision weight gradient without an accumulator: rounded
 #: after each of four, it is off by 1.6 times one rounding, and any product is off by one.
 HALF_BLOCKS = 4
@@ -120,8 +126,10 @@ class _Candidates:
         return product_dtype(self.shape.gemm).itemsize
 
     def _shared(self, cols: int) -> int:
-        """Buffers of every pass: a copied weight chunk, temporaries of the plain torch backend."""
+        """Buffers of every pass: a copied weight chunk, a row's numbers, the torch backend's."""
         copied = cols * max(self.shape.hidden) * self._item if self.shape.copied_weights else 0
+        if self.shape.device_bytes:
+            copied += max(self.shape.tokens, LEAST_ROWS) * ROW_NUMBERS
         tiles = TORCH_TILE * TORCH_TEMPORARIES * self._acc
         return copied + (tiles if self.shape.backend == "torch_blocked" else 0)
 
@@ -142,11 +150,11 @@ class _Candidates:
             self._room_bytes(rows, self.shape.vocab) + self._rows_bytes(rows) + self._shared(cols)
         )
 
-    def _chunks_bytes(self, cols: int, gradient: bool) -> int:
-        """All rows through a vocabulary chunk."""
+    def _chunks_bytes(self, cols: int, gradient: bool, rows: int = 0) -> int:
+        """All rows, or so many at a time, through a vocabulary chunk."""
         shape = self.shape
-        need = self._room_bytes(shape.tokens, cols) + self._rows_bytes(shape.tokens)
-        need += self._shared(cols)
+        rows = rows or shape.tokens
+        need = self._room_bytes(rows, cols) + self._rows_bytes(rows) + self._shared(cols)
         if gradient and shape.needs[0]:
             half = shape.gemm.itemsize == 2
             need += shape.tokens * shape.hidden[0] * (self._acc + (self._product if half else 0))
@@ -194,7 +202,9 @@ class _Candidates:
         return min(self.request.vocab_block or default, self.shape.vocab)
 
     def _forward_only(self, schedule: str) -> Iterator[Plan]:
-        if self.shape.sweeps == 1:
+        if self.shape.fused:
+            yield from self._fused(schedule)
+        elif self.shape.sweeps == 1:
             for cols in self._vocab_ladder():
                 yield self._plan(
                     schedule, "vocabulary", 0, cols, 0, self._chunks_bytes(cols, False)
@@ -205,6 +215,15 @@ class _Candidates:
                 yield self._plan(
                     schedule, "vocabulary", rows, cols, 0, self._tokens_bytes(rows, cols)
                 )
+
+    def _fused(self, schedule: str) -> Iterator[Plan]:
+        """Statistics alone, some rows at a time: a chunk is room for the parts of their splits."""
+        most = min(self.request.token_block or FUSED_ROWS, max(self.shape.tokens, 1))
+        for rows in [most] if self.request.token_block else _ladder(most, 128, True):
+            cols = min(self.request.vocab_block or FUSED_COLS, self.shape.vocab)
+            for room in [cols] if self.request.vocab_block else _ladder(cols, 64, True):
+                need = self._chunks_bytes(room, False, rows)
+                yield self._plan(schedule, "vocabulary", rows, room, 0, need)
 
     def _early_tokens(self) -> Iterator[Plan]:
         shape, cols = self.shape, self._copy_cols()
@@ -293,6 +312,8 @@ class _Candidates:
         if over == "tokens":
             return blocks
         chunks = -(-self.shape.vocab // cols)
+        if self.shape.fused:
+            return max(blocks, 1) + chunks * any(self.shape.needs)
         return blocks * (self.shape.sweeps == 2) + chunks * (1 + any(self.shape.needs))
 
     def _accumulator_traffic(self, rows: int) -> float:
@@ -328,8 +349,7 @@ class _Candidates:
         shape = self.shape
         logits = self._logits_bytes(shape.tokens, shape.vocab)
         # Statistics read every stream, in each sweep; where no logits are stored, none.
-        fused = shape.backend == "triton" and over == "vocabulary" and shape.sweeps == 1
-        share = kept / max(shape.tokens, 1) if fused else 1.0
+        share = kept / max(shape.tokens, 1) if shape.fused and over == "vocabulary" else 1.0
         traffic = share * shape.sweeps * logits
         if any(shape.needs):
             traffic += logits + logits // shape.streams  # the gradient is written where it was read

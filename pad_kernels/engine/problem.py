@@ -14,10 +14,11 @@ from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.devices import generation, total_memory
 from pad_kernels.engine.feed import elsewhere, enters_product
-from pad_kernels.engine.plan import Plan, Shape
+from pad_kernels.engine.plan import ALIGNED, Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
+from pad_kernels.functionals.statistics import Largest, Tail
 from pad_kernels.heads import HeadOptions
 
 
@@ -156,6 +157,10 @@ def plan_shape(
     device = planned_device(student)
     backend = recipe.request.backend
     assert backend is not None, "resolve_backend comes first"
+    copied = any(
+        not enters_product(w[: recipe.vocab], recipe.gemm) or elsewhere(w, student.device)
+        for w in weights
+    )
     return Shape(
         tokens=int(student.shape[0]),
         vocab=recipe.vocab,
@@ -169,11 +174,16 @@ def plan_shape(
         backend=backend,
         device=generation(device),
         device_bytes=total_memory(device),
-        copied_weights=any(
-            not enters_product(w[: recipe.vocab], recipe.gemm) or elsewhere(w, student.device)
-            for w in weights
-        ),
+        copied_weights=copied,
+        fused=backend == "triton" and not copied and _fuses(recipe, hidden),
     )
+
+
+def _fuses(recipe: Recipe, hidden: Sequence[Tensor]) -> bool:
+    """Whether kernels take these statistics without logits in memory, as one can foretell."""
+    known = not any(isinstance(s, Tail | Largest) for s in recipe.measured())
+    wide = all(int(h.shape[1]) % ALIGNED == 0 for h in hidden)
+    return known and wide and recipe.sweeps == 1 and recipe.gemm.itemsize == 2
 
 
 def split_teachers(

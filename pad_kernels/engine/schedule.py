@@ -140,6 +140,8 @@ def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
     held = 0 if kept is None else min(kept.shape[1], problem.rows)
     over_tokens = problem.recipe.sweeps == 2
     rest = 0 if over_tokens else problem.rows - held
+    if not any(problem.recipe.needs) and run.plan.token_block:
+        rest = min(rest, run.plan.token_block)
     room = max(min(run.plan.token_block, problem.rows), rest)
     for part in problem.parts:
         # Rows of this part that are kept come first.
@@ -176,22 +178,21 @@ def _over_tokens(
 def _over_vocabulary(
     run: Pass, part: Part, stats: RowStats, span: tuple[int, int], most: int, room: int
 ) -> None:
-    """One-sweep statistics of some rows, at most ``most``, vocabulary chunk by chunk."""
-    start, stop = span
+    """One-sweep statistics of some rows, at most ``most`` at a time, chunk by chunk."""
     cols = run.plan.vocab_block
-    if start == stop:
-        return
-    hidden = run.hidden(part, start, stop, room)
-    rows = stats.rows(start, stop)
-    if (fused := run.fused(part, rows, hidden)) is not None:
-        wanted = list(run.problem.recipe.measured(part.functionals))
-        fused.measure_products(run.problem, rows, wanted, hidden, run.workspace, cols)
-        return
     flat = run.logit_room(most, cols)
-    for a, b in blocks(run.problem.recipe.vocab, cols):
-        logits = run.logits_in(flat, part.streams, stop - start, b - a)
-        run.logits(hidden, a, b, logits)
-        run.measure(part, rows, logits, a, sweep=1)
+    for first, last in blocks(span[1] - span[0], most):
+        start, stop = span[0] + first, span[0] + last
+        hidden = run.hidden(part, start, stop, room)
+        rows = stats.rows(start, stop)
+        if (fused := run.fused(part, rows, hidden)) is not None:
+            wanted = list(run.problem.recipe.measured(part.functionals))
+            fused.measure_products(run.problem, rows, wanted, hidden, flat, cols)
+            continue
+        for a, b in blocks(run.problem.recipe.vocab, cols):
+            logits = run.logits_in(flat, part.streams, stop - start, b - a)
+            run.logits(hidden, a, b, logits)
+            run.measure(part, rows, logits, a, sweep=1)
 
 
 def _values(problem: Problem, part: Part, stats: RowStats, out: Tensor) -> None:

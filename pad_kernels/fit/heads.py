@@ -120,6 +120,7 @@ def our_plan(
         device=near,
         device_bytes=gpu_bytes,
         copied_weights=dtypes[1] != torch.bfloat16,
+        fused=dtypes[1] == torch.bfloat16,
     )
     budget = max(default_budget(gpu_bytes), smallest_budget(shape, PlanRequest()))
     return make_plan(shape, PlanRequest(budget=budget))

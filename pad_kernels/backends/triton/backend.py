@@ -13,7 +13,6 @@ from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
-from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
@@ -106,10 +105,10 @@ class TritonBackend:
         stats: RowStats,
         wanted: list[Statistic],
         hidden: dict[int, Tensor],
-        workspace: Workspace,
+        room: Tensor,
         chunk: int,
     ) -> None:
-        launches = plan_statistics(problem, stats, wanted, hidden, workspace, chunk)
+        launches = plan_statistics(problem, stats, wanted, hidden, room, chunk)
         run(hidden[0], *launches)
 
     def differentiate_products(

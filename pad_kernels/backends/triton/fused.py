@@ -26,7 +26,6 @@ from pad_kernels.backends.triton.tilings import (
 )
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
-from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
@@ -272,12 +271,12 @@ def plan_statistics(
     stats: RowStats,
     wanted: Sequence[Statistic],
     hidden: dict[int, Tensor],
-    workspace: Workspace,
+    room: Tensor,
     chunk: int,
 ) -> tuple[Launch, Launch]:
     """Launches that fill ``stats`` over the whole vocabulary.
 
-    Partial statistics take no more workspace than ``chunk`` logits of every row and stream.
+    Partial statistics lie in ``room``: place for ``chunk`` logits of every row and stream.
     """
     measured = fusable(problem, stats, wanted, hidden, chunk)
     assert measured is not None
@@ -291,7 +290,8 @@ def plan_statistics(
         return choose_splits(*tiles, device.multiprocessors, tiling.group, most)
 
     def build(tiling: Tiling) -> tuple[Launch, Launch]:
-        partial = room[: splits(tiling) * slots * rows].view(-1, slots, rows)
+        bytes_of = room.view(-1).view(torch.uint8)[: splits(tiling) * slots * rows * 8]
+        partial = bytes_of.view(torch.float64).view(-1, slots, rows)
         copies = device.capability >= 90
         return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
 
@@ -299,7 +299,6 @@ def plan_statistics(
     tilings = autotune.candidates(
         device, statistics_tiling(device.capability, len(hidden), measured.extras, plain=plain)
     )
-    room = workspace.empty(max(map(splits, tilings)) * slots * rows, dtype=torch.float64)
     key = f"statistics/{measured.extras}/{operands.key}"
     return build(autotune.choose(key, hidden[0], tilings, build))
 
