@@ -38,6 +38,8 @@ ADVANTAGE = Moment(0, (0.0, 1.0, -1.0))
 ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
     "logprob": (1, (Picked("labels"),), PLAIN),
     "logprob_capped": (1, (Picked("labels"),), CAPPED),
+    "options": (1, (Picked("labels"),), PLAIN),
+    "options_capped": (1, (Picked("labels"),), CAPPED),
     "token_stats": (1, (Picked("labels"), ENTROPY, Total(), Argmax()), CAPPED),
     "forward_kl": (2, (FORWARD,), PLAIN),
     "distill": (2, (Picked("labels"), FORWARD, REVERSE, ENTROPY), CAPPED),
@@ -45,7 +47,7 @@ ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
     "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
 }
 #: Ids a row where it is not one label.
-PICKED = {"token_stats": 4, "distill_advantage": 200}
+PICKED = {"options": 200, "options_capped": 4}
 
 
 @pytest.mark.slow
@@ -81,7 +83,8 @@ def statistics_launches(
         measured = fused.Measured.of(range(count), wanted)
         assert measured is not None
         partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
-    tiling = statistics_tiling(capability, count, measured.extras, plain=head == PLAIN)
+    extras = measured.extras_with(inputs)
+    tiling = statistics_tiling(capability, count, extras, plain=head == PLAIN)
     assert operands.readable
     tma = capability >= 90
     return fused.statistics_launches(measured, operands, tiling, stats, partial, tma=tma)
@@ -112,6 +115,7 @@ def test_statistics_compile(name: str, capability: int) -> None:
 GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] = {
     "logprob": (1, (), (), PLAIN),
     "logprob_capped": (1, (0,), (), CAPPED),
+    "options": (1, (), (), PLAIN),
     "forward_kl": (2, (), (1,), PLAIN),
     "distill": (2, (0, 1), (1,), CAPPED),
     "advantage": (3, (1, 2), (), PLAIN),

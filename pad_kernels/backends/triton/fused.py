@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,10 @@ class Measured:
         total, argmax = Total() in wanted, Argmax() in wanted
         return Measured(tuple(streams), moments, total, argmax, picked[0] if picked else None)
 
-    @property
-    def extras(self) -> int:
-        """How much there is besides normalisers."""
-        return len(self.moments) + self.total + self.argmax
+    def extras_with(self, inputs: Mapping[str, Tensor]) -> int:
+        """How much there is besides normalisers and a label: a list of ids counts as one thing."""
+        listed = self.picked is not None and inputs[self.picked.ids].shape[1] > 1
+        return len(self.moments) + self.total + self.argmax + listed
 
     @property
     def slots(self) -> list[tuple[Statistic, int]]:
@@ -295,11 +295,11 @@ def plan_statistics(
         copies = device.capability >= 90
         return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
 
-    plain = operands.plain
-    tilings = autotune.candidates(
-        device, statistics_tiling(device.capability, len(hidden), measured.extras, plain=plain)
+    shipped = statistics_tiling(
+        device.capability, len(hidden), measured.extras_with(stats.inputs), plain=operands.plain
     )
-    key = f"statistics/{measured.extras}/{operands.key}"
+    tilings = autotune.candidates(device, shipped)
+    key = f"statistics/{measured.extras_with(stats.inputs)}/{operands.key}"
     return build(autotune.choose(key, hidden[0], tilings, build))
 
 

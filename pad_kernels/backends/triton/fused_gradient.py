@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from pad_kernels.backends.triton.gradient import dense_part
-from pad_kernels.backends.triton.lists import cursors_at, upcoming_ids
+from pad_kernels.backends.triton.lists import cursors_at, list_ends, upcoming_ids
 from pad_kernels.backends.triton.math import head_slope
 from pad_kernels.backends.triton.tiles import logit_tiles, place
 
@@ -81,7 +81,7 @@ def fused_gradient_kernel(
     if CONSTANT >= 0:
         d += c[CONSTANT]
     if sparse is not None:
-        d = _scattered(d, sparse, at, rows, col + offset, BLOCK_N)
+        d = _scattered(d, sparse, row, rows, col + offset, BLOCK_M, BLOCK_N)
     d *= head_slope(raw, heads[0], KINDS[0])
     cols = col + tl.arange(0, BLOCK_N)
     inside = (at < rows)[:, None] & (cols < vocab)[None, :]
@@ -96,18 +96,19 @@ def fused_gradient_kernel(
 
 
 @triton.jit
-def _scattered(d, sparse, at, rows, first, BLOCK_N: tl.constexpr):
+def _scattered(d, sparse, row, rows, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile with the sparse entries that lie in it added; ``first`` is its first id."""
-    count, inside = sparse[2], at < rows
-    ids = sparse[0] + at.to(tl.int64) * count
-    values = sparse[1] + at.to(tl.int64) * count
-    cursor = cursors_at(ids, count, first, inside)
-    wanted = upcoming_ids(ids, cursor, count, inside)
+    count, local = sparse[2], tl.arange(0, BLOCK_M)
+    ids = sparse[0] + row.to(tl.int64) * count
+    values = sparse[1] + row.to(tl.int64) * count
+    ends = list_ends(local, count, row + local < rows)
+    cursor = cursors_at(ids, local, count, ends, first)
+    wanted = upcoming_ids(ids, cursor, ends)
     while tl.min(wanted, 0) < first + BLOCK_N:
         here = wanted < first + BLOCK_N
         added = tl.load(values + cursor, here, other=0.0)
         hit = first + tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
         d += tl.where(hit, added[:, None], 0.0)
         cursor += here.to(tl.int32)
-        wanted = upcoming_ids(ids, cursor, count, inside)
+        wanted = upcoming_ids(ids, cursor, ends)
     return d

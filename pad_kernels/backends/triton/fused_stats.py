@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pad_kernels.backends.triton.fused_state import empty_state, merge_states, tile_state
-from pad_kernels.backends.triton.lists import cursors_at, upcoming_ids
+from pad_kernels.backends.triton.lists import cursors_at, list_ends, upcoming_ids
 from pad_kernels.backends.triton.tiles import logit_tiles, place
 
 
@@ -53,10 +53,13 @@ def fused_statistics_kernel(
     weight = (weight0, weight1, weight2)
     state = empty_state(STREAMS, WEIGHTS, TOTAL, ARGMAX, BLOCK_M)
     MANY: tl.constexpr = ids is not None and places is not None
-    at = row + tl.arange(0, BLOCK_M)
+    local = tl.arange(0, BLOCK_M)
+    at = row + local
     if MANY:
-        lists = ids + at.to(tl.int64) * picks[1]
-        cursor = cursors_at(lists, picks[1], split * split_cols, at < rows)
+        ids += row.to(tl.int64) * picks[1]
+        places += row.to(tl.int64) * picks[1]
+        ends = list_ends(local, picks[1], at < rows)
+        cursor = cursors_at(ids, local, picks[1], ends, split * split_cols)
     for col in range(split * split_cols, tl.minimum((split + 1) * split_cols, vocab), BLOCK_N):
         logits, _ = logit_tiles(
             hidden,
@@ -75,7 +78,7 @@ def fused_statistics_kernel(
             TMA,
         )
         if MANY:
-            cursor = _pick(logits[0], lists, cursor, places, picks, at, col, rows, BLOCK_N)
+            cursor = _pick(logits[0], ids, cursor, ends, places, picks, at, col, BLOCK_N)
         elif ids is not None:
             wanted = tl.load(ids + at, at < rows, other=-1).to(tl.int32) - col
             _store_picked(logits[0], wanted, picks[0] + at, BLOCK_N)
@@ -104,16 +107,15 @@ def _store_picked(logits, wanted, target, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _pick(logits, lists, cursor, places, picks, at, col, rows, BLOCK_N: tl.constexpr):
+def _pick(logits, ids, cursor, ends, places, picks, at, col, BLOCK_N: tl.constexpr):
     """Store the logits of all of the rows' listed ids in this tile; the cursors behind them."""
-    count, inside = picks[1], at < rows
-    wanted = upcoming_ids(lists, cursor, count, inside)
+    wanted = upcoming_ids(ids, cursor, ends)
     while tl.min(wanted, 0) < col + BLOCK_N:
         here = wanted < col + BLOCK_N
-        place = tl.load(places + at.to(tl.int64) * count + cursor, here, other=0)
+        place = tl.load(places + cursor, here, other=0)
         _store_picked(logits, wanted - col, picks[0] + place * picks[2] + at, BLOCK_N)
         cursor += here.to(tl.int32)
-        wanted = upcoming_ids(lists, cursor, count, inside)
+        wanted = upcoming_ids(ids, cursor, ends)
     return cursor
 
 

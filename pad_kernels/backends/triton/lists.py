@@ -15,20 +15,26 @@ NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit
-def upcoming_ids(lists, cursor, count, inside):
-    """The ids at the cursors [BLOCK_M], int32; ``lists`` points at each row's first."""
-    return tl.load(lists + cursor, inside & (cursor < count), other=NOWHERE).to(tl.int32)
+def list_ends(local, count, inside):
+    """Places behind each row's list, counted from that of the tile's first row; 0 for no row."""
+    return tl.where(inside, (local + 1) * count, 0)
 
 
 @triton.jit
-def cursors_at(lists, count, least, inside):
+def upcoming_ids(lists, cursor, ends):
+    """The ids at the cursors [BLOCK_M], int32; ``lists`` points at those of the first row."""
+    return tl.load(lists + cursor, cursor < ends, other=NOWHERE).to(tl.int32)
+
+
+@triton.jit
+def cursors_at(lists, local, count, ends, least):
     """In each row's list the place of the first id that is not below ``least``, by bisection."""
-    low = inside.to(tl.int32) * 0
-    high = low + count
+    low = local * count
+    high = tl.maximum(low, ends)
     while tl.max(high - low, 0) > 0:
         middle = (low + high) // 2
         searching = low < high
-        below = upcoming_ids(lists, middle, count, inside & searching) < least
+        below = tl.load(lists + middle, searching, other=NOWHERE) < least
         low = tl.where(searching & below, middle + 1, low)
         high = tl.where(searching & (below == 0), middle, high)
     return low

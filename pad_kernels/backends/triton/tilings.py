@@ -116,7 +116,7 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
     Args:
         capability: 90 for sm_90.
         streams: whose logits are computed.
-        extras: moments, sums and greedy tokens that are wanted besides normalisers.
+        extras: moments, sums, greedy tokens and lists of ids that are wanted besides normalisers.
         plain: whether no head transforms its logits.
     """
     known = generation(capability)
@@ -128,12 +128,12 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
 def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
     """For the fused gradient; ``plain`` is without head transforms and without the filter.
 
-    Nothing is carried from tile to tile, which leaves room for a wide tile on Blackwell too.
+    Nothing is carried from tile to tile, and yet a wide tile spills on Blackwell with Triton 3.6.
     """
     known = generation(capability)
     if not plain:
         return _CURVED[known][streams]
-    return _WIDE if known >= 90 and streams == 1 else _LIGHT[known][streams]
+    return _WIDE if known == 90 and streams == 1 else _LIGHT[known][streams]
 
 
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:
