@@ -17,6 +17,7 @@ from pad_kernels.backends.torch_blocked import _dense as dense_gradient
 from pad_kernels.backends.triton import autotune, fused, topk
 from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton.tilings import Tiling
+from pad_kernels.engine import candidates
 from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.problem import Stream
 from pad_kernels.engine.workspace import account
@@ -476,7 +477,7 @@ def test_candidate_logits(dtype: torch.dtype, shape: tuple[int, int, int, int]) 
         assert_close(got, exact, dense, GRADIENTS if i else VALUES, 2 * eps)
 
 
-def test_a_wrong_candidate_is_named() -> None:
+def test_a_wrong_candidate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, counted = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([True, False])
     logprobs = torch.full((2, 1), -1.0)
     with pytest.raises(ValueError, match=r"teacher.ids: expected token ids in \[0, 8\)"):
@@ -484,3 +485,6 @@ def test_a_wrong_candidate_is_named() -> None:
     found = candidate_logits(hidden, weight, torch.tensor([[7], [8]]), logprobs, counted, 8)
     torch.testing.assert_close(found[0, 0], hidden[0] @ weight[7])
     assert found[1, 0] == 0
+    monkeypatch.setattr(candidates, "capturing", lambda *_: True)  # nobody can be told
+    for ids in (torch.tensor([[8], [0]]), torch.tensor([[-1], [0]])):
+        assert candidate_logits(hidden, weight, ids, logprobs, counted, 8).isnan().all()
