@@ -19,6 +19,7 @@ from typing import Any
 import device_large
 import parity_cases
 import pytest
+import test_distill
 import test_divergence
 import test_functionals
 import test_half_precision
@@ -206,7 +207,7 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
             yield (
                 f"mixture {kind} {schedule}",
                 functools.partial(
-                    module.test_a_mixture_is_the_sum_of_its_parts, kind, schedule, backend
+                    test_distill.test_a_mixture_is_the_sum_of_its_parts, kind, schedule, backend
                 ),
             )
         for scale in (1.0, 65536.0):

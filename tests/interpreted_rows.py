@@ -15,6 +15,8 @@ import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 # isort: split
 import oracles
 import pytest
+import random_heads
+import test_distill
 import test_divergence as divergences
 import test_functionals as functionals
 import test_parity as parity
@@ -25,7 +27,6 @@ from torch import Tensor
 import pad_kernels as pk
 from pad_kernels.backends.base import get_backend
 from pad_kernels.engine.gradients import FILTER_TILE
-from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import Divergence, LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
@@ -39,6 +40,8 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = {
     name: pk.PlanRequest(name.split("-")[0], "triton", **blocks)
@@ -51,11 +54,6 @@ PLANS = {
 #: What is compared with what.
 BACKENDS = ("torch_blocked", "triton")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 # --- whole ops: every functional, mixtures, schedules ---
@@ -114,7 +112,7 @@ def test_tiny_divergences(kind: str) -> None:
     hidden = torch.randn(3, 32).bfloat16().float()
     weight = (torch.randn(32000, 32) / 32**0.5).bfloat16().float()
     student, teacher = pk.Head(hidden, weight, torch.randn(32000) * 1.5e-3), pk.Head(hidden, weight)
-    z = [divergences.logits(x) for x in (student, teacher)]
+    z = [random_heads.logits(x) for x in (student, teacher)]
     exact = oracles.between(kind, 0.5, *z)
     assert 1e-8 < float(exact.median()) < 5e-6
     found = pk.linear_divergence(student, teacher, kind=kind, reduction="none", plan="late:triton")
@@ -132,16 +130,16 @@ def test_equal_models(functional: Any) -> None:
 def test_offline_teachers(dtype: torch.dtype) -> None:
     """A tail bucket and a renormalised teacher, against the float64 backend."""
     torch.manual_seed(3)
-    student = divergences.head(9, 16, 507, dtype, temperature=0.8)
+    student = random_heads.head(9, 16, 507, dtype, temperature=0.8)
     ids = torch.rand(9, 507).argsort(1)[:, :11]
     logprobs = torch.randn(9, 507).log_softmax(1)[:, :11].clone()
     for tail, kind in itertools.product(("bucket", "renormalize"), ("forward_kl", "jsd")):
         found = {}
         for plan in ("late:triton", "late:reference", "late:torch_blocked"):
-            s = divergences.trainable(student)
+            s = random_heads.trainable(student)
             teacher = pk.TopKTeacher(ids, logprobs, tail)
             value = pk.linear_divergence(s, teacher, kind=kind, reduction="none", plan=plan)
-            found[plan] = [value.detach(), *divergences.gradients(value.sum(), s)]
+            found[plan] = [value.detach(), *random_heads.gradients(value.sum(), s)]
         eps = torch.finfo(dtype).eps
         for ours, exact, careful in zip(*found.values(), strict=True):
             floor = max(eps * float(exact.norm()), float((careful - exact).norm()))
@@ -149,10 +147,10 @@ def test_offline_teachers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["early", "kept"])
-def test_distill(schedule: str) -> None:
+def test_mixtures_of_losses(schedule: str) -> None:
     """Rows that use different teachers: a part of the rows lacks streams of the others."""
     kind = {"early": "jsd", "kept": "forward_kl"}[schedule]
-    divergences.test_a_mixture_is_the_sum_of_its_parts(kind, schedule, "triton")
+    test_distill.test_a_mixture_is_the_sum_of_its_parts(kind, schedule, "triton")
 
 
 def test_what_it_cannot_do_is_refused_by_name() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 import pad_kernels as pk
 from pad_kernels.backends.reference import ORACLES
 from pad_kernels.engine.call import Call
-from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import (
     REGISTRY,
     Advantage,
@@ -34,6 +33,8 @@ from pad_kernels.functionals import (
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 from pad_kernels.functionals.statistics import RowStats
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 17, 333, 24, 31
@@ -70,11 +71,6 @@ def _name(plan: pk.PlanRequest) -> str:
 
 
 every_route = pytest.mark.parametrize("plan", ROUTES, ids=_name)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def silenced(inputs: dict[str, Tensor], ignored: Tensor) -> dict[str, Tensor]:

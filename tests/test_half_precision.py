@@ -12,15 +12,11 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.engine.planner import HALF_BLOCKS
-from pad_kernels.engine.workspace import account
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF = torch.float16
 BACKENDS = ["cpp", "torch_blocked"]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def _plan(schedule: str, backend: str, **more: int | float) -> pk.PlanRequest:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_backends import BACKENDS
 from engine_probe import Probe, Watch
 from torch import Tensor
 
@@ -27,9 +28,6 @@ from pad_kernels.engine.workspace import account
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MIB = 1 << 20
-BACKENDS = ["torch_blocked"]
-if pk.available_backends()["cpp"] == "available":
-    BACKENDS.insert(0, "cpp")
 OPS = {"cross_entropy": pk.linear_cross_entropy, "logprob": pk.linear_logprob}
 
 

@@ -23,13 +23,8 @@ from parity_cases import (
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine.workspace import account
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is read before it is written is NaN."""
-    monkeypatch.setattr(account, "poison", True)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
