@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,8 +15,23 @@ from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import RowStats, Statistic
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    RowStats,
+    Statistic,
+    Tail,
+    Total,
+)
 from pad_kernels.heads import HeadOptions
+
+#: Statistics that every backend with kernels of its own measures in its row passes.
+ROW_PASS_STATISTICS = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
+#: Streams of one row pass: the student and three teachers.
+ROW_PASS_STREAMS = 4
 
 
 class Backend(Protocol):
@@ -131,6 +147,26 @@ class WalkingBackend(Protocol):
         needed: a teacher's may be overwritten, too.
         """
         ...
+
+
+def beyond_row_passes(recipe: Recipe, room: Mapping[type[Statistic], int]) -> str | None:
+    """Why row passes cannot do the recipe; None if they can.
+
+    Args:
+        recipe: the op.
+        room: how many of a kind of statistic one pass takes, where that is limited.
+    """
+    if len(recipe.heads) > ROW_PASS_STREAMS:
+        return f"a row pass has room for {ROW_PASS_STREAMS} streams"
+    for functional in recipe.functionals:
+        for statistic in functional.statistics:
+            if not isinstance(statistic, (*ROW_PASS_STATISTICS, Picked)):
+                name = type(functional).__name__
+                return f"{name} needs {type(statistic).__name__}, which has no row pass yet"
+    for kind, most in room.items():
+        if sum(isinstance(s, kind) for s in recipe.statistics) > most:
+            return f"a row pass has room for {most} of {kind.__name__}"
+    return None
 
 
 @functools.cache

@@ -221,7 +221,9 @@ def build_problem(
     if rows.live is not None:
         inputs = {name: x.index_select(0, rows.live) for name, x in inputs.items()}
     if rows.muted is not None:
-        inputs = {name: _muted(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()}
+        inputs = {
+            name: muted_input(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()
+        }
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
@@ -321,7 +323,7 @@ def _capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> boo
     return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 
-def _muted(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
+def muted_input(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
     """Harmless inputs [rows, k] for rows that count nothing, and ids that can be gathered."""
     if x.dtype == torch.int64:
         spread = torch.arange(x.shape[1], device=x.device)

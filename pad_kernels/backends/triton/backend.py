@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import get_backend
+from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
@@ -18,24 +18,11 @@ from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
-from pad_kernels.functionals.statistics import (
-    Argmax,
-    Largest,
-    Moment,
-    Normalizer,
-    Picked,
-    RowStats,
-    Statistic,
-    Tail,
-    Total,
-)
+from pad_kernels.functionals.statistics import Largest, RowStats, Statistic, Tail
 from pad_kernels.heads import HeadOptions
 
-_KNOWN = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
 #: How many of a kind one pass takes.
 _ROOM: dict[type[Statistic], int] = {Tail: 1, Outcomes: 1}
-#: Streams of one pass: the student and three teachers.
-_STREAMS = 4
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -49,17 +36,7 @@ class TritonBackend:
             return f"tensors are on {device.type}"
         if recipe.gemm not in (torch.float32, *_HALF):
             return f"no row pass for {recipe.gemm}: the kernels compute in float32"
-        if len(recipe.heads) > _STREAMS:
-            return f"a row pass has room for {_STREAMS} streams"
-        for functional in recipe.functionals:
-            for statistic in functional.statistics:
-                if not isinstance(statistic, (*_KNOWN, Picked)):
-                    name = type(functional).__name__
-                    return f"{name} needs {type(statistic).__name__}, which has no kernel yet"
-        for kind, room in _ROOM.items():
-            if sum(isinstance(s, kind) for s in recipe.statistics) > room:
-                return f"a row pass has room for {room} of {kind.__name__}"
-        return None
+        return beyond_row_passes(recipe, _ROOM)
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
@@ -75,7 +52,7 @@ class TritonBackend:
         offset: int,
     ) -> None:
         largest = [s for s in wanted if isinstance(s, Largest) and s.k <= MOST]
-        ours = [s for s in wanted if isinstance(s, _KNOWN)]
+        ours = [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]
         if others := [s for s in wanted if s not in ours and s not in largest]:
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
         block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
