@@ -250,10 +250,11 @@ def close(ours: RowStats, exact: RowStats, rtol: float, cols: int) -> None:
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=f"{statistic}: {a} for {b}")
 
 
-@every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_statistics_of_chunks(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_statistics_of_chunks(name: str, shape: tuple[int, int]) -> None:
+    """The dtypes take turns: each meets every shape and every head."""
+    dtype = DTYPES[([*HEADS].index(name) + SHAPES.index(shape)) % 3]
     problem, logits, inputs = block(*shape, dtype, HEADS[name], biased=name != "plain")
     cols = shape[1]
     if cols > 100:  # a chunk in which a stream is empty, one that is huge, and single holes
