@@ -238,16 +238,30 @@ def test_coefficients_that_need_no_statistics(functional: Functional) -> None:
     assert functional.gradient(torch.ones(1, 3), nothing) != LogitGradient()
 
 
-@every_functional
-@every_dtype
-@pytest.mark.parametrize("plan", [r for r in ROUTES if r.schedule != "early"], ids=_name)
+#: Two threads spend their time on waking each other; mixtures run on both.
+alone = pytest.mark.usefixtures("one_thread")
+
+
+def turns(odd: bool) -> pytest.MarkDecorator:
+    """Every other of the product of functionals, dtypes and routes, and of the early ones all."""
+    found = [
+        pytest.param(functional, dtype, plan, id=f"{functional}-{str(dtype)[6:]}-{_name(plan)}")
+        for i, functional in enumerate(EXAMPLES)
+        for j, dtype in enumerate(DTYPES)
+        for k, plan in enumerate(ROUTES)
+        if (odd if plan.schedule == "early" else (i + j + k) % 2 == odd)
+    ]
+    return pytest.mark.parametrize(("functional", "dtype", "plan"), found)
+
+
+@alone
+@turns(odd=False)
 def test_tokens(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
     check_tokens((functional,), dtype, plan)
 
 
-@every_functional
-@every_dtype
-@every_route
+@alone
+@turns(odd=True)
 def test_total(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
     check_total((functional,), dtype, plan)
 

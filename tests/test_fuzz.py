@@ -29,7 +29,7 @@ from pad_kernels.functionals import (
 )
 from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 CONFIGURATIONS = 120
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

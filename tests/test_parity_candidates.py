@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pad_kernels as pk
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 CASES = [
     "plain",
