@@ -33,6 +33,8 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [HeadOptions(), HeadOptions(30.0, 0.5, 2.0), HeadOptions(None, 2.0, 1.5)]
 SMALL = Tiling(16, 32, 16, 4, 3, 2)

@@ -40,7 +40,7 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = {

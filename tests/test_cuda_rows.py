@@ -21,6 +21,8 @@ from row_pass_harness import HEADS, State, make_streams, run_gradient, strided
 import pad_kernels as pk
 from pad_kernels.functionals.base import Functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: float16 logits are a GPU's alone, float64 ones a CPU's.
 DTYPES = [torch.float32, torch.bfloat16]
 # one entry; no whole vector; vectors and a rest; more threads' worth than a block has

@@ -18,6 +18,8 @@ from device_large import Large
 import pad_kernels as pk
 from pad_kernels.bench.cases import OPS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEVICE = torch.device(os.environ.get("PAD_KERNELS_TEST_DEVICE", "cpu"))
 TESTED = [b for b in device_parity.backends(DEVICE) if b != "reference"]
 

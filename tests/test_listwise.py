@@ -14,6 +14,8 @@ from pad_kernels.sequence import listwise_preference_loss
 from pad_kernels.sequence.listwise_op import forced_backend
 from pad_kernels.sequence.plackett_luce import KINDS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = ("jsd", "jsd_released", "kl", "reverse_kl")
 
 
@@ -281,10 +283,10 @@ def test_backends_agree_and_repeat_their_bits(kind):
     results = {}
     for name in ("cpp", "torch"):
         with forced_backend(name):
-            runs = [
-                value_and_grad(lambda x: listwise_preference_loss(x, t, kind=kind), s)
-                for _ in range(2)
-            ]
-        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+            runs = []
+            for threads in (1, 2, 2):  # groups are shared out between them
+                torch.set_num_threads(threads)
+                runs.append(value_and_grad(lambda x: listwise_preference_loss(x, t, kind=kind), s))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
         results[name] = runs[0]
     close(results["cpp"], results["torch"], 1e-11)

@@ -14,6 +14,8 @@ from pad_kernels.sequence import listwise_preference_loss
 from pad_kernels.sequence.listwise_op import listwise_preference, listwise_scale
 from pad_kernels.sequence.plackett_luce import KINDS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VALID = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 1]]).bool()
 
 

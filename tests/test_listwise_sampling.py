@@ -14,6 +14,8 @@ from pad_kernels.sequence import (
     listwise_sampling,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("kind", ["jsd", "jsd_released"])
 def test_sampled_estimate_is_unbiased_and_knows_its_error(kind):

@@ -15,7 +15,7 @@ import pad_kernels as pk
 from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.functionals.divergence import KINDS
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
