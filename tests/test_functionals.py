@@ -238,7 +238,7 @@ def test_coefficients_that_need_no_statistics(functional: Functional) -> None:
     assert functional.gradient(torch.ones(1, 3), nothing) != LogitGradient()
 
 
-#: Two threads spend their time on waking each other; mixtures run on both.
+#: Two threads spend their time on waking each other; test_distill.py runs mixtures on both.
 alone = pytest.mark.usefixtures("one_thread")
 
 
@@ -277,6 +277,7 @@ MIXTURES = {
 }
 
 
+@alone
 @pytest.mark.parametrize("mixture", MIXTURES)
 @every_dtype
 @every_route
