@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import device_large
+import filter_cases
 import parity_cases
 import pytest
 import test_distill
@@ -222,6 +223,12 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
                 f"{chunks} chunks {schedule}",
                 functools.partial(half.test_bfloat16_in_chunks, schedule, chunks, backend),
             )
+        if backend == "triton" and schedule != "kept":
+            for biased in (False, True):
+                yield (
+                    f"filter {schedule} tiles {biased}",
+                    functools.partial(filter_cases.check_schedule, schedule, backend, biased),
+                )
         for scale in (1.0, 100.0):
             yield (
                 f"filter {schedule} {scale}",

@@ -325,7 +325,7 @@ def test_gradient_of_a_block(dtype: torch.dtype, count: int, tma: bool) -> None:
     a, b = 33, 33 + 64
     out = torch.full((rows, b - a + 7), torch.nan, dtype=dtype)[:, : b - a]
     peaks = torch.zeros(1, dtype=torch.int32)
-    operands = operands_of(streams).cut(a, b)
+    operands = operands_of(streams).cut(a, [s.weight[a:b] for s in streams])
     used = list(range(count))
     fused.gradient_launch(operands, used, SMALL, stats, terms, out, a, peaks, tma=tma).run()
     found = []

@@ -337,6 +337,15 @@ def _small() -> Setup:
     return Setup(head(4), (head(5), head(3)), inputs)
 
 
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.parametrize("backend", ["torch_blocked", "cpp"])
+def test_in_the_order_of_the_filter(mixture: str, schedule: str, backend: str) -> None:
+    """A filter that leaves nothing out: the vocabulary is in order, and nothing else changes."""
+    plan = pk.PlanRequest(schedule, backend, filter=1e-30, token_block=5, vocab_block=71)
+    check_total(MIXTURES[mixture], torch.float32, plan)
+
+
 ALIKE = [ForwardKL(), ReverseKL(), *(f for f in EXAMPLES if isinstance(f, Divergence))]
 
 

@@ -68,12 +68,12 @@ class Backend(Protocol):
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
 
-        ``out`` may be the student's logits. With a filter ``bound`` > 0 the largest magnitudes of
-        each column tile are returned.
+        ``out`` may be the student's logits. With a filter's ``bound`` (0-d) the largest magnitudes
+        of its tiles are returned: [column tiles] over all rows, or [row tiles, column tiles].
         """
         ...
 
@@ -114,12 +114,50 @@ class FusedBackend(Protocol):
         problem: Problem,
         out: Tensor,
         hidden: dict[int, Tensor],
+        weights: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
-        """As :meth:`Backend.gradient`, from hidden states [rows, H] instead of logits."""
+        """As :meth:`Backend.gradient`, from hidden states [rows, H] and weight rows [cols, H].
+
+        With a filter, tiles below its bound may be left unwritten; then no bias gradient is wanted.
+        """
+        ...
+
+
+class LiveTiles(Protocol):
+    """A block of dL/dz [rows, cols] of which only the tiles that reach the filter's bound count.
+
+    Which they are is decided on the device. ``index`` says which row of the weight, or of its
+    gradient, each column is; None: the first is the first.
+    """
+
+    def times_weight(
+        self, total: Tensor, weight: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        """Total [rows, H] = dz @ weight[index], or added to it."""
+        ...
+
+    def times_hidden(
+        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        """Rows ``index`` of the total [V, H] = dz.T @ hidden, or added to it."""
+        ...
+
+
+@runtime_checkable
+class FilteringBackend(Protocol):
+    """What a backend may offer besides: products that leave out the tiles that the filter does."""
+
+    def live_tiles(
+        self, problem: Problem, hidden: Tensor, dz: Tensor, peaks: Tensor, bound: Tensor
+    ) -> LiveTiles | None:
+        """The block's live tiles; None where it has no such products for these matrices.
+
+        It has them for every gradient that :class:`FusedBackend` made.
+        """
         ...
 
 
@@ -139,7 +177,7 @@ class WalkingBackend(Protocol):
         stats: RowStats,
         wanted: list[Statistic],
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         """As :meth:`Backend.gradient`, after measuring both sweeps, over the whole vocabulary.
 

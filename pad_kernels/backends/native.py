@@ -95,15 +95,15 @@ class NativeBackend:
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = self.peaks(out, bound)
         Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
         return peaks
 
-    def peaks(self, out: Tensor, bound: float) -> Tensor | None:
+    def peaks(self, out: Tensor, bound: Tensor | None) -> Tensor | None:
         """Room for the largest magnitude of each column tile, if a filter wants to know it."""
-        if bound <= 0:
+        if bound is None:
             return None
         tiles = -(-out.shape[1] // FILTER_TILE)
         return torch.zeros(tiles, dtype=torch.float32, device=out.device)

@@ -11,6 +11,7 @@ from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, ge
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, Launch, transform
+from pad_kernels.backends.triton.live import LiveTiles, multiplies
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
@@ -96,13 +97,16 @@ class TritonBackend:
         problem: Problem,
         out: Tensor,
         hidden: dict[int, Tensor],
+        weights: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
-        _run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
+        least = None if bound is None else bound.float().reshape(1)
+        launch = plan_gradient(problem, out, hidden, weights, offset, stats, gradient, peaks, least)
+        _run(out, launch)
         return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
@@ -113,7 +117,7 @@ class TritonBackend:
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
         block = Block(problem, stats, logits, offset, Device.of(out.device))
@@ -121,12 +125,36 @@ class TritonBackend:
             _run(out, block.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
 
+    def live_tiles(
+        self, problem: Problem, hidden: Tensor, dz: Tensor, peaks: Tensor, bound: Tensor
+    ) -> Live | None:
+        if not multiplies(problem, hidden):
+            return None
+        live = Live(dz, peaks, bound.float().reshape(1))
+        _run(dz, *live.lists())
+        return live
 
-def _peaks(out: Tensor, bound: float) -> Tensor | None:
+
+class Live(LiveTiles):
+    """The live tiles of a block, and products over them."""
+
+    def times_weight(
+        self, total: Tensor, weight: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        _run(total, self.product(total, weight, index, transposed=False, add=add))
+
+    def times_hidden(
+        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        _run(total, self.product(total, hidden, index, transposed=True, add=add))
+
+
+def _peaks(out: Tensor, bound: Tensor | None) -> Tensor | None:
     """Room for the bits of the largest magnitudes of the filter's tiles, if it is on."""
-    if bound <= 0:
+    if bound is None:
         return None
-    return out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
+    tiles = [-(-size // FILTER_TILE) for size in out.shape]
+    return out.new_zeros(tiles, dtype=torch.int32)
 
 
 def _run(like: Tensor, *launches: Launch) -> None:

@@ -152,11 +152,12 @@ class Operands:
         """Whether no head transforms its logits."""
         return all(head_kind(head) == IDENTITY for head in self.heads)
 
-    def cut(self, start: int, stop: int) -> Operands:
-        """The same streams, vocabulary entries start to stop."""
+    def cut(self, start: int, weights: list[Tensor]) -> Operands:
+        """The same streams, the vocabulary entries from ``start`` whose weight rows these are."""
+        stop = start + weights[0].shape[0]
         return Operands(
             self.hidden,
-            [w[start:stop] for w in self.weight],
+            weights,
             tuple(None if b is None else b[start:stop] for b in self.biases),
             self.heads,
         )
@@ -299,7 +300,9 @@ def gradient_launch(
     out: Tensor,
     offset: int,
     peaks: Tensor | None,
+    bound: Tensor | None = None,
     *,
+    tile: int = FILTER_TILE,
     tma: bool,
 ) -> Launch:
     """The launch that writes dL/dz of a block to ``out`` [rows, cols].
@@ -307,8 +310,11 @@ def gradient_launch(
     Args:
         operands: of the streams ``used``, their weights and biases cut to the block.
         offset: vocabulary id of the block's first entry.
-        peaks: receives the largest magnitudes of FILTER_TILE columns, as int32 bits.
+        peaks: [row tiles, column tiles], receives the filter's largest magnitudes as int32 bits.
+        bound: float32 [1]; a tile below it need not be written. None: all are.
+        tile: rows and columns of a filter tile; the kernel's own divide it.
     """
+    whole = (tiling.rows, tiling.cols) == (tile, tile)
     columns = Columns()
     shifts, inverses = columns.streams(stats, used)
     constants = {
@@ -319,7 +325,7 @@ def gradient_launch(
         "STUDENT": columns.add(terms.student),
         "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
         "SHARES": tuple(columns.share(stats, j, terms.probabilities) for j in used),
-        "FILTER": FILTER_TILE,
+        "FILTER": tile,
     }
     constants["FIELDS"] = columns.count
     sparse = None
@@ -331,6 +337,7 @@ def gradient_launch(
         "coefficients": columns.packed(),
         "sparse": sparse,
         "peaks": peaks,
+        "bound": bound if whole else None,
         "offset": offset,
     }
     rows, cols = operands.shape
@@ -342,17 +349,24 @@ def plan_gradient(
     problem: Problem,
     out: Tensor,
     hidden: dict[int, Tensor],
+    weights: dict[int, Tensor],
     offset: int,
     stats: RowStats,
     terms: LogitGradient,
     peaks: Tensor | None,
+    bound: Tensor | None,
 ) -> Launch:
     """The launch for a block of logits, of the streams that the gradient reads."""
     used = sorted({0, *terms.moments, *terms.probabilities})
     operands = Operands.of(problem, {j: hidden[j] for j in used})
-    operands = operands.cut(offset, offset + out.shape[1])
+    operands = operands.cut(offset, [weights[j] for j in used])
     device = Device.of(problem.device)
-    plain = operands.plain and peaks is None
-    tiling = gradient_tiling(device.capability, len(used), plain=plain)
-    copies = device.capability >= 90
-    return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)
+    tiling = gradient_tiling(
+        device.capability, len(used), plain=operands.plain, filtered=peaks is not None
+    )
+    # A bias gradient adds up what the filter leaves out, too.
+    least = None if problem.recipe.needs[2] else bound
+    return gradient_launch(
+        *(operands, used, tiling, stats, terms, out, offset, peaks, least),
+        tma=device.capability >= 90,
+    )
