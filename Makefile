@@ -31,7 +31,7 @@ test: $(STAMPS)/dev $(STAMPS)/demo ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 check-kernels: $(STAMPS)/dev ## compile every GPU kernel for every device and read its machine code
-	PAD_KERNELS_CUBINS=all $(BIN)/python -m pytest tests/test_triton_cubins.py tests/test_cuda_build.py $(ARGS)
+	PAD_KERNELS_CUBINS=all $(BIN)/python -m pytest tests/test_triton_cubins.py tests/test_triton_fused.py tests/test_cuda_build.py $(ARGS)
 
 coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of the package's lines
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95 $(ARGS)

@@ -23,6 +23,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read of a workspace before it is written is NaN."""
+    from pad_kernels.engine.workspace import account
+
+    monkeypatch.setattr(account, "poison", True)
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def listwise_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Listwise losses by the C++ kernels and nothing else, by their torch twin and nothing else."""
+    from pad_kernels.backends.registry import native
+    from pad_kernels.sequence.listwise_op import forced_backend
+
+    if request.param == "cpp" and native() is None:
+        pytest.skip("no compiled module")
+    with forced_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the commands start from: models, prompts, settings."""

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import device_large
+import filter_cases
 import parity_cases
 import pytest
+import test_distill
 import test_divergence
 import test_functionals
 import test_half_precision
@@ -206,7 +208,7 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
             yield (
                 f"mixture {kind} {schedule}",
                 functools.partial(
-                    module.test_a_mixture_is_the_sum_of_its_parts, kind, schedule, backend
+                    test_distill.test_a_mixture_is_the_sum_of_its_parts, kind, schedule, backend
                 ),
             )
         for scale in (1.0, 65536.0):
@@ -221,6 +223,12 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
                 f"{chunks} chunks {schedule}",
                 functools.partial(half.test_bfloat16_in_chunks, schedule, chunks, backend),
             )
+        if backend == "triton" and schedule != "kept":
+            for biased in (False, True):
+                yield (
+                    f"filter {schedule} tiles {biased}",
+                    functools.partial(filter_cases.check_schedule, schedule, backend, biased),
+                )
         for scale in (1.0, 100.0):
             yield (
                 f"filter {schedule} {scale}",

@@ -14,12 +14,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pipeline_toys as toys
+from tqdm import tqdm
 from transformers.utils import logging
 
 from pad_kernels import cli
@@ -122,6 +124,8 @@ def abused(name: str, rng: random.Random) -> dict[str, Any]:
 def main() -> None:
     os.chdir(sys.argv[1])
     toys.fill(Path())
+    # Progress bars share a semaphore between processes: one who dies with it stops all that follow.
+    tqdm.set_lock(threading.RLock())
     logging.disable_progress_bar()
     rng = random.Random(0)
     print(json.dumps({name: abused(name, rng) for name in STAGES}))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_backends import BACKENDS
 from torch import Tensor
 
 import pad_kernels as pk
@@ -15,9 +16,6 @@ from pad_kernels.engine.plan import PlanRequest
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, H, V = 23, 12, 507
-BACKENDS = ["torch_blocked"]
-if pk.available_backends()["cpp"] == "available":
-    BACKENDS.append("cpp")
 
 
 def heads() -> list[pk.Head]:

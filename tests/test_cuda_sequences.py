@@ -18,6 +18,8 @@ from pad_kernels.sequence import gpu
 from pad_kernels.sequence.listwise_op import forced_backend
 from pad_kernels.sequence.token_ops import token_listwise, token_rewards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # as many as one: two sets; odd halves; every kind's usual size; the largest jsd
 SIZES = [2, 3, 4, 7, 8]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 import pad_kernels as pk
 from pad_kernels.backends.reference import ORACLES
 from pad_kernels.engine.call import Call
-from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import (
     REGISTRY,
     Advantage,
@@ -34,6 +33,8 @@ from pad_kernels.functionals import (
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 from pad_kernels.functionals.statistics import RowStats
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN = 17, 333, 24, 31
@@ -70,11 +71,6 @@ def _name(plan: pk.PlanRequest) -> str:
 
 
 every_route = pytest.mark.parametrize("plan", ROUTES, ids=_name)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def silenced(inputs: dict[str, Tensor], ignored: Tensor) -> dict[str, Tensor]:
@@ -242,16 +238,30 @@ def test_coefficients_that_need_no_statistics(functional: Functional) -> None:
     assert functional.gradient(torch.ones(1, 3), nothing) != LogitGradient()
 
 
-@every_functional
-@every_dtype
-@pytest.mark.parametrize("plan", [r for r in ROUTES if r.schedule != "early"], ids=_name)
+#: Two threads spend their time on waking each other; test_distill.py runs mixtures on both.
+alone = pytest.mark.usefixtures("one_thread")
+
+
+def turns(odd: bool) -> pytest.MarkDecorator:
+    """Every other of the product of functionals, dtypes and routes, and of the early ones all."""
+    found = [
+        pytest.param(functional, dtype, plan, id=f"{functional}-{str(dtype)[6:]}-{_name(plan)}")
+        for i, functional in enumerate(EXAMPLES)
+        for j, dtype in enumerate(DTYPES)
+        for k, plan in enumerate(ROUTES)
+        if (odd if plan.schedule == "early" else (i + j + k) % 2 == odd)
+    ]
+    return pytest.mark.parametrize(("functional", "dtype", "plan"), found)
+
+
+@alone
+@turns(odd=False)
 def test_tokens(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
     check_tokens((functional,), dtype, plan)
 
 
-@every_functional
-@every_dtype
-@every_route
+@alone
+@turns(odd=True)
 def test_total(functional: Functional, dtype: torch.dtype, plan: pk.PlanRequest) -> None:
     check_total((functional,), dtype, plan)
 
@@ -267,6 +277,7 @@ MIXTURES = {
 }
 
 
+@alone
 @pytest.mark.parametrize("mixture", MIXTURES)
 @every_dtype
 @every_route
@@ -279,9 +290,12 @@ def test_mixture(mixture: str, dtype: torch.dtype, plan: pk.PlanRequest) -> None
         check_total(functionals, dtype, plan, softcap)
 
 
+@alone
 @every_functional
-@pytest.mark.parametrize("plan", ["late:torch_blocked", "kept:torch_blocked", "late:cpp"])
-def test_gradcheck(functional: Functional, plan: str) -> None:
+@pytest.mark.parametrize("backend", ["torch_blocked", "cpp"])
+def test_gradcheck(functional: Functional, backend: str) -> None:
+    """Late and kept take turns; that they agree is what the product above is about."""
+    plan = f"{('late', 'kept')[EXAMPLES.index(functional) % 2]}:{backend}"
     if _refused([functional], pk.PlanRequest(*plan.split(":"))):
         return
     case = _small()
@@ -321,6 +335,15 @@ def _small() -> Setup:
         "advantage_values": torch.randn(3, 2, dtype=double),
     }
     return Setup(head(4), (head(5), head(3)), inputs)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.parametrize("backend", ["torch_blocked", "cpp"])
+def test_in_the_order_of_the_filter(mixture: str, schedule: str, backend: str) -> None:
+    """A filter that leaves nothing out: the vocabulary is in order, and nothing else changes."""
+    plan = pk.PlanRequest(schedule, backend, filter=1e-30, token_block=5, vocab_block=71)
+    check_total(MIXTURES[mixture], torch.float32, plan)
 
 
 ALIKE = [ForwardKL(), ReverseKL(), *(f for f in EXAMPLES if isinstance(f, Divergence))]

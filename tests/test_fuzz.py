@@ -13,7 +13,6 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.engine.call import Call
-from pad_kernels.engine.workspace import account
 from pad_kernels.functionals import (
     Advantage,
     Divergence,
@@ -30,13 +29,10 @@ from pad_kernels.functionals import (
 )
 from pad_kernels.functionals.divergence import KINDS, ONE_SWEEP
 
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+
 CONFIGURATIONS = 120
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def _draw(seed: int) -> dict[str, Any]:

@@ -79,7 +79,12 @@ def test_bench_in_miniature(built: pathlib.Path) -> None:
     assert found.returncode == 0, found.stderr
     table = (built / "table.md").read_text()
     assert table.strip() == found.stdout.strip()
-    for text in ("Measured: matrix products bfloat16", "| gradient", "| listwise/jsd/8"):
+    for text in (
+        "Measured: matrix products bfloat16",
+        "| gradient",
+        "| listwise/jsd/8",
+        "| filter/",
+    ):
         assert text in table
     assert "| cross_entropy/24x16x300/bfloat16" in table and "| dense eager" in table
     rows = [

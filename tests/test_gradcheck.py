@@ -11,6 +11,8 @@ from torch import Tensor
 
 import pad_kernels as pk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS, VOCAB, HIDDEN = 4, 7, 3
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},

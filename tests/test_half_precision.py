@@ -14,15 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pad_kernels as pk
 from pad_kernels.engine import gradients
 from pad_kernels.engine.planner import HALF_BLOCKS
-from pad_kernels.engine.workspace import account
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 HALF = torch.float16
 BACKENDS = ["cpp", "torch_blocked"]
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def _plan(schedule: str, backend: str, **more: int | float) -> pk.PlanRequest:
@@ -248,7 +244,8 @@ def test_the_filter_keeps_its_bound(
     slack = 1 + 1e-3
     assert (errors[0][live] <= limit * x.weight.abs().sum(0) * slack).all()
     assert (errors[1] <= limit * x.hidden[live].abs().sum(0) * slack).all()
-    assert not errors[2].any(), "the bias gradient is not filtered"
+    # The order of the vocabulary shows in the last digits of the statistics.
+    assert errors[2].norm() <= 1e-6 * exact[2].norm(), "the bias gradient is not filtered"
     skipped = ~filtered[1].any(1)
     assert int(skipped.sum()) >= 1500 and exact[1][skipped].any(1).all()
     assert filtered[1][:256].any(1).all(), "what matters is not skipped"

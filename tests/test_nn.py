@@ -16,6 +16,8 @@ from good_calls import GOOD
 import pad_kernels as pk
 import pad_kernels.nn as pknn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Public functions that are not computations a model would have as a part.
 NOT_OPS = {"available_backends", "explain", "token_mean_weights", "workspace_limit"}
 FUNCTIONS = {name for name in pk.__all__ if inspect.isfunction(getattr(pk, name))}

@@ -23,19 +23,31 @@ from parity_cases import (
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine.workspace import account
 
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is read before it is written is NaN."""
-    monkeypatch.setattr(account, "poison", True)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-every_case = pytest.mark.parametrize("name", NAMES)
-token_routes = pytest.mark.parametrize("route", TOKEN_ROUTES, ids=str)
-sum_routes = pytest.mark.parametrize("route", SUM_ROUTES, ids=str)
+
+
+#: Two threads spend their time on waking each other; every loss, below, runs on both.
+alone = pytest.mark.usefixtures("one_thread")
+
+
+def turns(op: int, ops: int, routes: list[Route] = TOKEN_ROUTES) -> pytest.MarkDecorator:
+    """A share of the product of routes, dtypes and cases.
+
+    One of the ops meets each triple, and each op every pair of two: what goes wrong between route,
+    dtype and case is the engine's, and the same for all of them.
+    """
+    found = [
+        pytest.param(route, dtype, name, id=f"{route}-{str(dtype)[6:]}-{name}")
+        for i, route in enumerate(routes)
+        for j, dtype in enumerate(DTYPES)
+        for k, name in enumerate(NAMES)
+        if (i + j + k) % ops == op
+    ]
+    return pytest.mark.parametrize(("route", "dtype", "name"), found)
 
 
 def _plan(route: Route, x: OneHead) -> pk.PlanRequest:
@@ -74,9 +86,8 @@ def _logprob_reference(name: str, dtype: torch.dtype) -> Any:
     )
 
 
-@every_case
-@every_dtype
-@token_routes
+@alone
+@turns(0, 3)
 def test_logprob(route: Route, dtype: torch.dtype, name: str) -> None:
     x = case(name, dtype)
     leaves, values = x.ours(pk.linear_logprob, x.labels, plan=_plan(route, x))
@@ -98,9 +109,8 @@ def _stats_reference(name: str, dtype: torch.dtype) -> Any:
     return expected(x, _three_statistics, terms, upstream(3, x.labels.numel()))
 
 
-@every_case
-@every_dtype
-@token_routes
+@alone
+@turns(1, 3)
 def test_token_stats(route: Route, dtype: torch.dtype, name: str) -> None:
     x = case(name, dtype)
     leaves, stats = x.ours(pk.linear_token_stats, x.labels, plan=_plan(route, x))
@@ -202,9 +212,14 @@ def _scale(name: str) -> float:
     return 0.02 if "confident" in name else {"huge_logits": 2e-4, "cold": 0.1}.get(name, 2.5)
 
 
-@every_case
-@every_dtype
-@sum_routes
+@alone
+@turns(0, 1, [r for r in SUM_ROUTES if r.schedule == "early"])
+def test_cross_entropy_early(route: Route, dtype: torch.dtype, name: str) -> None:
+    test_cross_entropy(route, dtype, name)
+
+
+@alone
+@turns(2, 3)
 def test_cross_entropy(route: Route, dtype: torch.dtype, name: str) -> None:
     x = case(name, dtype)
     # Every loss meets every route and every dtype; the case decides which comes first.
@@ -233,9 +248,8 @@ def test_every_loss(route: Route, dtype: torch.dtype, name: str, loss: str) -> N
     _cross_entropy(case(name, dtype), route, name, loss)
 
 
-@every_case
-@every_dtype
-@pytest.mark.parametrize("route", [r for r in TOKEN_ROUTES if r.odd], ids=str)
+@alone
+@turns(0, 2, [r for r in TOKEN_ROUTES if r.odd])
 def test_cross_entropy_per_token(route: Route, dtype: torch.dtype, name: str) -> None:
     x = case(name, dtype)
     arguments = _loss_arguments(x, "none_weighted")

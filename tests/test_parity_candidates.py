@@ -16,7 +16,8 @@ from parity_cases import DTYPES, NATIVE_MISSING, TOKEN_ROUTES, Route, case, upst
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine.workspace import account
+
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
 
 CASES = [
     "plain",
@@ -32,11 +33,6 @@ CASES = [
 ]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 every_case = pytest.mark.parametrize("name", CASES)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(account, "poison", True)
 
 
 def _plan(route: Route, x: OneHead) -> pk.PlanRequest:

@@ -28,6 +28,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Any:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -13,7 +13,14 @@ pytest.importorskip("triton")
 from pad_kernels.backends.triton import fused, gather, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.launch import Launch
-from pad_kernels.backends.triton.tilings import choose_splits, gradient_tiling, statistics_tiling
+from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.tilings import (
+    LIVE,
+    choose_splits,
+    gradient_tiling,
+    statistics_tiling,
+)
+from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
@@ -28,6 +35,8 @@ from pad_kernels.functionals.statistics import (
 from pad_kernels.heads import HeadOptions
 
 HERE = Path(__file__).parent
+#: ``make check-kernels`` compiles every case.
+EVERYTHING = os.environ.get("PAD_KERNELS_CUBINS") == "all"
 #: What computes a matrix product on the tensor cores of a generation.
 TENSOR_CORES = {80: r"HMMA[.\w]*", 90: r"HGMMA[.\w]*", 100: r"UTC[HQ]MMA[.\w]*"}
 PLAIN, CAPPED = HeadOptions(), HeadOptions(30.0, 0.9, 0.7)
@@ -55,7 +64,7 @@ def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     found = subprocess.run(
-        [*command, str(HERE / "interpreted_fused.py")],
+        [*command, str(HERE / "interpreted_fused.py"), str(HERE / "interpreted_filter.py")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -142,10 +151,56 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
             sparse=[(torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k))],
         )
         out = torch.empty(rows, cols, dtype=torch.bfloat16)
-        peaks = torch.empty(cols // 256, dtype=torch.int32) if filtered else None
-    tiling = gradient_tiling(capability, count, plain=head == PLAIN and not filtered)
+        peaks = torch.empty(rows // 128, cols // 128, dtype=torch.int32) if filtered else None
+        bound = torch.empty(1) if filtered else None
+    tiling = gradient_tiling(capability, count, plain=head == PLAIN, filtered=filtered)
     used, tma = list(range(count)), capability >= 90
-    return fused.gradient_launch(operands, used, tiling, stats, terms, out, 4096, peaks, tma=tma)
+    arguments = (operands, used, tiling, stats, terms, out, 4096, peaks, bound)
+    return fused.gradient_launch(*arguments, tma=tma)
+
+
+def test_tiles_that_the_filter_can_leave_unwritten() -> None:
+    """One plain stream's kernel has the filter's tile on every device."""
+    for capability in SHARED_MEMORY:
+        for name in GRADIENTS:
+            launch = gradient_launch(name, capability, True)
+            assert (launch.arguments["bound"] is not None) == (name == "logprob")
+
+
+#: Products over live tiles: transposed, added to what is there, in which dtype, in an order.
+LIVE_PRODUCTS = {
+    "early_hidden": (False, False, torch.float32, True),
+    "early_weight": (True, True, torch.float32, True),
+    "late_hidden": (False, True, torch.float32, True),
+    "late_weight": (True, False, torch.bfloat16, True),
+    "kept_hidden": (False, True, torch.float32, False),
+    "kept_weight": (True, True, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", LIVE_PRODUCTS if EVERYTHING else ["early_weight", "late_hidden"])
+def test_live_products_compile(name: str, capability: int) -> None:
+    transposed, add, into, ordered = LIVE_PRODUCTS[name]
+    rows, cols, size, vocab = 8192, 4096, 4096, 128256
+    with torch.device("meta"):
+        dz = torch.empty(rows, cols, dtype=torch.bfloat16)
+        live = LiveTiles(
+            *(dz, torch.empty(rows // 128, cols // 128), torch.empty(1)),
+            tiling=LIVE[capability],
+        )
+        listed = live.lists()
+        other = torch.empty(rows if transposed else vocab, size, dtype=torch.bfloat16)
+        total = torch.empty(vocab if transposed else rows, size, dtype=into)
+        index = torch.empty(cols, dtype=torch.int64) if ordered else None
+    for launch in listed[:1]:
+        compiled(launch, capability)
+    cubin = compiled(live.product(total, other, index, transposed=transposed, add=add), capability)
+    assert cubin.count(TENSOR_CORES[capability])
+    # Matrices pass the registers by, 16 bytes at a time, several steps under way.
+    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*")
+    step = 2 * LIVE[capability].depth * (FILTER_TILE + LIVE[capability].features)
+    assert cubin.shared >= 2 * step
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

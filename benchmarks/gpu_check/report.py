@@ -104,7 +104,7 @@ def _bench(records: list[Record]) -> list[str]:
             f"Measured: matrix products {', '.join(products)} Tflop/s; copy "
             f"{rates['copy'] / 1e12:.4g} TB/s read + written"
         )
-    lines += _rows(found, rates) + _listwise(found)
+    lines += _rows(found, rates) + _listwise(found) + _filter(found)
     for record in records:
         if "case" in record:
             lines += ["", *_case(record["case"], rates)]
@@ -135,6 +135,23 @@ def _listwise(found: dict[str, Record]) -> list[str]:
     ]
     header = ["64 groups, forward + backward", "µs, graph replay", "µs, eager"]
     return ["", *_table(header, rows)] if rows else []
+
+
+def _filter(found: dict[str, Record]) -> list[str]:
+    """Cross-entropy of peaked logits, which a row's own contribution makes less alike."""
+    rows = []
+    for unit, record in found.items():
+        if (f := record.get("filter")) is None:
+            continue
+        times = [*f["unfiltered_ms"].values(), *f["filtered_ms"].values()]
+        numbers = [f"{t:.2f}" for t in times] + [f"{f['speedup']:.2f}"]
+        shares = [f"{f[key]:.3f}" for key in ("live", "live_unordered")]
+        rows.append([unit, *numbers, *shares, f"{max(f['error'].values()):.1e}"])
+    if not rows:
+        return []
+    header = ["filter/shape/nats that rows differ by", "ms, auto", "early", "filtered early"]
+    header += ["filtered late", "speedup", "live tiles", "unordered", "error / allowed"]
+    return ["", *_table(header, rows)]
 
 
 def _case(case: Record, rates: Record) -> list[str]:

@@ -20,6 +20,7 @@ WATCHED = {
     "recompute": ("{}/float16/late1/odd", "logprob[every_option]"),
     "functionals": ("{}/float32/functionals", "total early distill"),
     "filter": ("{}/numerics", "filter early 1.0"),
+    "filter_late": ("{}/numerics", "filter late"),
     "sequences": ("sequences", " 4"),
 }
 #: Seconds: of a group of parity checks, of a watched group, of a benchmark case.
@@ -52,7 +53,7 @@ def sanitize(device: str) -> dict[str, float]:
 
 
 def bench(device: str) -> dict[str, float]:
-    """Rates of the device, row passes, listwise losses, then the cases."""
+    """Rates of the device, row passes, listwise losses, the gradient filter, then the cases."""
     from pad_kernels.bench.cases import make_cases, make_gpu_cases
     from pad_kernels.bench.device_rates import LISTWISE
 
@@ -62,6 +63,8 @@ def bench(device: str) -> dict[str, float]:
     for backend in gpu_backends(device):
         for dtype in ("bfloat16", "float32"):
             found[f"rows/{backend}/{dtype}"] = 40.0
+    for context in (1, 2, 3) if device.startswith("cuda") else (1,):
+        found[f"filter/8192x4096x128256/{context}"] = BENCH_SECONDS
     small = make_cases(["cross_entropy", "forward_kl"], ((24, 16, 300),), ["bfloat16"])
     cases = make_gpu_cases() if device.startswith("cuda") else small
     return found | {case.name: BENCH_SECONDS for case in cases}
@@ -127,6 +130,7 @@ def _sanitize(unit: str, device: str) -> Record:
 
 def _bench(unit: str, device: str) -> Record:
     from pad_kernels.bench import device_rates as rates
+    from pad_kernels.bench import peaked
     from pad_kernels.bench.cases import Case
     from pad_kernels.bench.implementations import all_implementations
     from pad_kernels.bench.measure import measure
@@ -141,6 +145,10 @@ def _bench(unit: str, device: str) -> Record:
     if kind == "listwise":
         name, responses = rest[0], 3 if trial else int(rest[1])
         return {"status": "ok"} | rates.listwise(name, responses, where)
+    if kind == "filter":
+        tokens, hidden, vocab = (int(n) for n in rest[0].split("x"))
+        size = (40, 16, 300) if trial else (tokens, hidden, vocab)
+        return {"status": "ok", "filter": peaked.benchmark(size, float(rest[1]), where)}
     if kind == "rows":
         shape = (16, 500) if trial else rates.LOGITS
         passes = rates.row_passes(rest[0], where, getattr(torch, rest[1]), shape)

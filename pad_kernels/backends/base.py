@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,8 +14,23 @@ from pad_kernels.backends.registry import cuda_error, native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import RowStats, Statistic
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import (
+    Argmax,
+    Moment,
+    Normalizer,
+    Picked,
+    RowStats,
+    Statistic,
+    Tail,
+    Total,
+)
 from pad_kernels.heads import HeadOptions
+
+#: Statistics that every backend with kernels of its own measures in its row passes.
+ROW_PASS_STATISTICS = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
+#: Streams of one row pass: the student and three teachers.
+ROW_PASS_STREAMS = 4
 
 
 class Backend(Protocol):
@@ -51,12 +67,12 @@ class Backend(Protocol):
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
 
-        ``out`` may be the student's logits. With a filter ``bound`` > 0 the largest magnitudes of
-        each column tile are returned.
+        ``out`` may be the student's logits. With a filter's ``bound`` (0-d) the largest magnitudes
+        of its tiles are returned: [column tiles] over all rows, or [row tiles, column tiles].
         """
         ...
 
@@ -100,12 +116,50 @@ class FusedBackend(Protocol):
         problem: Problem,
         out: Tensor,
         hidden: dict[int, Tensor],
+        weights: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
-        """As :meth:`Backend.gradient`, from hidden states [rows, H] instead of logits."""
+        """As :meth:`Backend.gradient`, from hidden states [rows, H] and weight rows [cols, H].
+
+        With a filter, tiles below its bound may be left unwritten; then no bias gradient is wanted.
+        """
+        ...
+
+
+class LiveTiles(Protocol):
+    """A block of dL/dz [rows, cols] of which only the tiles that reach the filter's bound count.
+
+    Which they are is decided on the device. ``index`` says which row of the weight, or of its
+    gradient, each column is; None: the first is the first.
+    """
+
+    def times_weight(
+        self, total: Tensor, weight: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        """Total [rows, H] = dz @ weight[index], or added to it."""
+        ...
+
+    def times_hidden(
+        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        """Rows ``index`` of the total [V, H] = dz.T @ hidden, or added to it."""
+        ...
+
+
+@runtime_checkable
+class FilteringBackend(Protocol):
+    """What a backend may offer besides: products that leave out the tiles that the filter does."""
+
+    def live_tiles(
+        self, problem: Problem, hidden: Tensor, dz: Tensor, peaks: Tensor, bound: Tensor
+    ) -> LiveTiles | None:
+        """The block's live tiles; None where it has no such products for these matrices.
+
+        It has them for every gradient that :class:`FusedBackend` made.
+        """
         ...
 
 
@@ -125,7 +179,7 @@ class WalkingBackend(Protocol):
         stats: RowStats,
         wanted: list[Statistic],
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         """As :meth:`Backend.gradient`, after measuring both sweeps, over the whole vocabulary.
 
@@ -133,6 +187,26 @@ class WalkingBackend(Protocol):
         needed: a teacher's may be overwritten, too.
         """
         ...
+
+
+def beyond_row_passes(recipe: Recipe, room: Mapping[type[Statistic], int]) -> str | None:
+    """Why row passes cannot do the recipe; None if they can.
+
+    Args:
+        recipe: the op.
+        room: how many of a kind of statistic one pass takes, where that is limited.
+    """
+    if len(recipe.heads) > ROW_PASS_STREAMS:
+        return f"a row pass has room for {ROW_PASS_STREAMS} streams"
+    for functional in recipe.functionals:
+        for statistic in functional.statistics:
+            if not isinstance(statistic, (*ROW_PASS_STATISTICS, Picked)):
+                name = type(functional).__name__
+                return f"{name} needs {type(statistic).__name__}, which has no row pass yet"
+    for kind, most in room.items():
+        if sum(isinstance(s, kind) for s in recipe.statistics) > most:
+            return f"a row pass has room for {most} of {kind.__name__}"
+    return None
 
 
 @functools.cache

@@ -48,7 +48,7 @@ class CppBackend(NativeBackend):
         stats: RowStats,
         wanted: list[Statistic],
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = self.peaks(out, bound)
         Block(self, problem, stats, logits, 0).walk(wanted, gradient, out, peaks)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import get_backend
+from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, get_backend
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
@@ -22,7 +22,6 @@ from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
     Normalizer,
-    Picked,
     RowStats,
     Statistic,
     Tail,
@@ -30,11 +29,8 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-_KNOWN = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
 #: How many of a kind one pass takes.
 _ROOM: dict[type[Statistic], int] = {Moment: 4, Tail: 1, Outcomes: 1}
-#: Streams of one pass: the student and three teachers.
-_STREAMS = 4
 _Stream = tuple[int, int, int, float, float, float]
 
 
@@ -61,17 +57,7 @@ class NativeBackend:
             return f"tensors are on {device.type}"
         if recipe.gemm not in self.dtypes:
             return f"no row pass for {recipe.gemm}"
-        if len(recipe.heads) > _STREAMS:
-            return f"a row pass has room for {_STREAMS} streams"
-        for functional in recipe.functionals:
-            for statistic in functional.statistics:
-                if not isinstance(statistic, (*_KNOWN, Picked)):
-                    name = type(functional).__name__
-                    return f"{name} needs {type(statistic).__name__}, which has no row pass yet"
-        for kind, room in _ROOM.items():
-            if sum(isinstance(s, kind) for s in recipe.statistics) > room:
-                return f"a row pass has room for {room} of {kind.__name__}"
-        return None
+        return beyond_row_passes(recipe, _ROOM)
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
@@ -90,7 +76,7 @@ class NativeBackend:
         logits: dict[int, Tensor],
         offset: int,
     ) -> None:
-        if len(ours := [s for s in wanted if isinstance(s, _KNOWN)]) < len(wanted):
+        if len(ours := [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]) < len(wanted):
             others = [s for s in wanted if s not in ours]
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
         block = Block(self, problem, stats, logits, offset)
@@ -109,15 +95,15 @@ class NativeBackend:
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = self.peaks(out, bound)
         Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
         return peaks
 
-    def peaks(self, out: Tensor, bound: float) -> Tensor | None:
+    def peaks(self, out: Tensor, bound: Tensor | None) -> Tensor | None:
         """Room for the largest magnitude of each column tile, if a filter wants to know it."""
-        if bound <= 0:
+        if bound is None:
             return None
         tiles = -(-out.shape[1] // FILTER_TILE)
         return torch.zeros(tiles, dtype=torch.float32, device=out.device)

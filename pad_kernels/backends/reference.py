@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.engine.problem import check_inputs
+from pad_kernels.engine.problem import check_inputs, muted_input
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 
@@ -135,12 +135,6 @@ def _dense_logits(
     return logits
 
 
-def _harmless(name: str, x: Tensor, ignored: Tensor) -> Tensor:
-    """A per-row input whose ignored rows cannot spoil a gather or a gradient."""
-    fill = -5.0 if name == "teacher_logprobs" else 0
-    return x.masked_fill(ignored.unsqueeze(1), fill)
-
-
 def _values(
     recipe: Recipe,
     student: tuple[Tensor, Tensor, Tensor | None],
@@ -160,9 +154,8 @@ def _values(
     ignored = None
     if recipe.ignore_index is not None and "labels" in inputs:
         ignored = inputs["labels"][:, 0] == recipe.ignore_index
-        inputs["labels"] = inputs["labels"].masked_fill(ignored.unsqueeze(1), 0)
         check_inputs(recipe, {name: x[~ignored] for name, x in inputs.items()})
-        inputs = {name: _harmless(name, x, ignored) for name, x in inputs.items()}
+        inputs = {name: muted_input(name, x, ignored, recipe.vocab) for name, x in inputs.items()}
     else:
         check_inputs(recipe, inputs)
     found = [ORACLES[type(f).__name__](f, logits, inputs) for f in recipe.functionals]

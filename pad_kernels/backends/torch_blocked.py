@@ -81,11 +81,11 @@ class TorchBackend:
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         cols = out.shape[1]
         peaks = None
-        if bound > 0:
+        if bound is not None:
             peaks = out.new_zeros(-(-cols // FILTER_TILE), dtype=torch.float32)
         for top, bottom, left, right in _tiles(*out.shape):
             rows, part = stats.rows(top, bottom), gradient.rows(top, bottom)

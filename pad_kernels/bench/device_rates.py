@@ -88,7 +88,7 @@ def row_passes(
     out = torch.empty_like(logits)
 
     def gradient() -> None:
-        kernels.gradient(problem, out, {0: logits}, 0, stats, wanted, 0.0)
+        kernels.gradient(problem, out, {0: logits}, 0, stats, wanted, None)
 
     passes: dict[str, tuple[int, Callable[[], None]]] = {
         "statistics": (1, lambda: measure(sums)),

@@ -103,7 +103,10 @@ def describe(plan: Plan, shape: Shape, request: PlanRequest) -> str:
         size = shape.vocab * shape.hidden[0] * plan.accumulate.itemsize
         lines.append(f"  of which   {_mib(size)} to add up the weight gradient in float32")
     if plan.filter:
-        lines.append(f"  filter     gradient tiles below {plan.filter:g} of the largest weight")
+        order = ", the vocabulary by mean logit" if plan.ordered else ""
+        lines.append(
+            f"  filter     gradient tiles below {plan.filter:g} of the largest weight{order}"
+        )
     return "\n".join(lines)
 
 

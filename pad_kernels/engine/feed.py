@@ -31,8 +31,22 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + max(size, 1), total)
 
 
+def copy_rows(
+    weight: Tensor, start: int, stop: int, buffer: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """The entries start to stop of a weight [V, H], copied to a buffer [rows, H].
+
+    Args:
+        order: which row of the weight each entry is; the weight then has the buffer's dtype.
+    """
+    target = buffer[: stop - start]
+    if order is None:
+        return target.copy_(weight[start:stop])
+    return torch.index_select(weight, 0, order[start:stop], out=target)
+
+
 def weight_chunks(
-    weight: Tensor, start: int, stop: int, buffer: Tensor | None
+    weight: Tensor, start: int, stop: int, buffer: Tensor | None, order: Tensor | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The entries start to stop of a weight [V, H], in pieces that products can take.
 
@@ -41,6 +55,7 @@ def weight_chunks(
     Args:
         buffer: [rows, H] on the products' device and in their dtype; None if the weight enters a
             product as it lies.
+        order: as for :func:`copy_rows`; such a weight is on the products' device.
 
     Yields:
         First entry, end, weight rows.
@@ -51,7 +66,7 @@ def weight_chunks(
         yield from _sent(weight, start, stop, buffer)
     else:
         for a, b in blocks(stop - start, buffer.shape[0]):
-            yield start + a, start + b, buffer[: b - a].copy_(weight[start + a : start + b])
+            yield start + a, start + b, copy_rows(weight, start + a, start + b, buffer, order)
 
 
 class Lane(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,21 +14,40 @@ from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.workspace import Workspace, empty
 
 if TYPE_CHECKING:
+    from pad_kernels.backends.base import LiveTiles
     from pad_kernels.engine.schedule import Pass
 
-#: Columns of the logit gradient that the filter keeps or skips together.
-FILTER_TILE = 256
+#: Columns of the logit gradient that the filter keeps or skips together, and rows, for a backend
+#: that multiplies single tiles. 128 x 128 is what a product of tensor cores wants; how many tiles
+#: are left at other sizes: docs/performance.md.
+FILTER_TILE = 128
 #: Exponent of the largest upstream gradient that float16 operands are made of. It leaves room for
 #: slopes of some thousand, and 1 / V of the largest vocabularies is still a normal number.
 _TOP = 4
 
 
-def column_runs(peaks: Tensor | None, bound: float, cols: int) -> list[tuple[int, int]]:
-    """Column ranges to multiply: all of them, or those whose tiles reach the filter's bound."""
-    if peaks is None:
+def filter_bound(plan: Plan, weights: Tensor) -> Tensor | None:
+    """What a tile's largest magnitude has to reach, 0-d; None without a filter.
+
+    Args:
+        weights: [outputs, live rows], of the values.
+    """
+    return plan.filter * weights.abs().max() if plan.filter and weights.numel() else None
+
+
+def column_runs(
+    peaks: Sequence[Tensor | None], bound: Tensor | None, cols: int
+) -> list[tuple[int, int]]:
+    """Column ranges to multiply: all of them, or those whose tiles reach the filter's bound.
+
+    Args:
+        peaks: of some rows each, the largest magnitudes of column tiles, or of row tiles by those.
+    """
+    found = [p.view(-1, p.shape[-1]).amax(0) for p in peaks if p is not None]
+    if bound is None or not found:
         return [(0, cols)]
     runs: list[tuple[int, int]] = []
-    for tile, keep in enumerate((~(peaks < bound)).tolist()):
+    for tile, keep in enumerate((~(torch.stack(found).amax(0) < bound)).tolist()):
         if keep:
             start, stop = tile * FILTER_TILE, min((tile + 1) * FILTER_TILE, cols)
             if runs and runs[-1][1] == start:
@@ -102,31 +121,39 @@ class GradientBuffers:
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],
-        runs: list[tuple[int, int]],
+        peaks: Tensor | None,
+        bound: Tensor | None,
     ) -> None:
-        """Add a token block: ``dz`` [rows, V] of the live rows of ``span``, at column ranges."""
+        """Add a token block: ``dz`` [rows, V] of the live rows of ``span``, filtered."""
+        if self.bias is not None:
+            self.bias[: dz.shape[1]] += dz.sum(0, dtype=self.bias.dtype)
+        if (live := run.live_tiles(hidden, dz, peaks, bound)) is not None:
+            self._add_live_rows(live, hidden, span)
+            return
+        runs = column_runs([peaks], bound, dz.shape[1])
         if self.hidden is not None:
             self._set_hidden(run, dz, span, runs)
         if self.weight is not None:
             self._add_weight(dz, hidden, runs)
-        if self.bias is not None:
-            self.bias[: dz.shape[1]] += dz.sum(0, dtype=self.bias.dtype)
 
-    def _set_hidden(
-        self, run: Pass, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
-    ) -> None:
-        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
-        rows, copy, live = dz.shape[0], run.copies[0], self.problem.live
-        part = self._buffer("product", self.plan.token_block, student.weight, self._product)[:rows]
-        if copy is None and runs == [(0, dz.shape[1])]:
-            found = _product(dz, student.weight, part)
-        else:
-            sums = self._buffer(
-                "rows", self.plan.token_block, student.weight, self.problem.accumulate
-            )
-            found = sums[:rows].zero_()
-            for a, b in _steps(runs, dz.shape[1] if copy is None else copy.shape[0]):
-                _add_product(found, dz[:, a:b], student.weights(a, b, gemm, copy), part)
+    def _add_live_rows(self, live: LiveTiles, hidden: Tensor, span: tuple[int, int]) -> None:
+        order, student = self.problem.order, self.problem.streams[0]
+        if self.hidden is not None:
+            found = self._row_sums(span[1] - span[0])
+            live.times_weight(found, student.weight, order, add=False)
+            self._put_hidden(found, span)
+        if self.weight is not None:
+            live.times_hidden(self._weight_total, hidden, order, add=self._weight_started)
+            self._weight_started = True
+
+    def _row_sums(self, rows: int) -> Tensor:
+        problem = self.problem
+        weight = problem.streams[0].weight
+        return self._buffer("rows", self.plan.token_block, weight, problem.accumulate)[:rows]
+
+    def _put_hidden(self, found: Tensor, span: tuple[int, int]) -> None:
+        """Hidden gradients of the live rows of ``span``, where they belong."""
+        live = self.problem.live
         target = self.hidden if self._hidden_sum is None else self._hidden_sum
         assert target is not None
         if live is None:
@@ -134,21 +161,46 @@ class GradientBuffers:
         else:
             target.index_copy_(0, live[span[0] : span[1]], found.to(target.dtype))
 
-    def _add_weight(self, dz: Tensor, hidden: Tensor, runs: list[tuple[int, int]]) -> None:
+    def _set_hidden(
+        self, run: Pass, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
+    ) -> None:
+        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
+        rows, copy = dz.shape[0], run.copies[0]
+        part = self._buffer("product", self.plan.token_block, student.weight, self._product)[:rows]
+        if copy is None and runs == [(0, dz.shape[1])]:
+            found = _product(dz, student.weight, part)
+        else:
+            found = self._row_sums(rows).zero_()
+            for a, b in _steps(runs, dz.shape[1] if copy is None else copy.shape[0]):
+                _add_product(found, dz[:, a:b], student.weights(a, b, gemm, copy), part)
+        self._put_hidden(found, span)
+
+    @property
+    def _weight_total(self) -> Tensor:
+        """Where token blocks add up: the output itself if it can hold the sum."""
         total = self.weight if self._weight_sum is None else self._weight_sum
         assert total is not None
-        if not self._weight_started and runs != [(0, dz.shape[1])]:
-            total[: dz.shape[1]].zero_()
+        return total[: self.problem.recipe.vocab]
+
+    def _add_weight(self, dz: Tensor, hidden: Tensor, runs: list[tuple[int, int]]) -> None:
+        total, order = self._weight_total, self.problem.order
+        if not self._weight_started and (order is not None or runs != [(0, dz.shape[1])]):
+            total.zero_()
             self._weight_started = True
-        step = dz.shape[1] if total.dtype == dz.dtype else self.plan.vocab_block
+        direct = total.dtype == dz.dtype and order is None
+        step = dz.shape[1] if direct else self.plan.vocab_block
         for a, b in _steps(runs, step):
-            if self._weight_started:
-                part = None
-                if total.dtype != dz.dtype:
-                    part = self._buffer("weight", step, hidden, self._product)[: b - a]
-                _add_product(total[a:b], dz[:, a:b].t(), hidden, part)
+            left = dz[:, a:b].t()
+            if not self._weight_started:
+                self._set_product(total[a:b], left, hidden, step)
+                continue
+            part = None if direct else self._buffer("weight", step, hidden, self._product)[: b - a]
+            if order is None:
+                _add_product(total[a:b], left, hidden, part)
             else:
-                self._set_product(total[a:b], dz[:, a:b].t(), hidden, step)
+                assert part is not None
+                added = _multiply(left, hidden, part).to(total.dtype)
+                total.index_add_(0, order[a:b], added)
         self._weight_started = True
 
     # --- late and kept: all rows, a vocabulary chunk ---------------------------------------------
@@ -159,23 +211,27 @@ class GradientBuffers:
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],
-        runs: list[tuple[int, int]],
+        peaks: list[tuple[slice, Tensor | None]],
+        bound: Tensor | None,
     ) -> None:
-        """Add a vocabulary chunk: ``dz`` [live rows, cols] of the entries of ``span``."""
-        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
+        """Add a vocabulary chunk: ``dz`` [live rows, cols] of the entries of ``span``, filtered.
+
+        Args:
+            peaks: of some rows each, what the filter looks at.
+        """
         start, stop = span
-        if self.weight is not None:
-            chunk = self.weight[start:stop]
-            if runs != [(0, dz.shape[1])]:
-                chunk.zero_()
-            for a, b in runs:
-                self._set_product(chunk[a:b], dz[:, a:b].t(), hidden, self.plan.vocab_block)
-            if chunk.dtype == self._product:
-                self._restored(chunk)
         if self.bias is not None:
             torch.sum(dz, 0, dtype=self.bias.dtype, out=self.bias[start:stop])
+        live = [(rows, run.live_tiles(hidden[rows], dz[rows], p, bound)) for rows, p in peaks]
+        if all(tiles is not None for _, tiles in live):
+            self._add_live_columns(live, hidden, span)
+            return
+        runs = column_runs([p for _, p in peaks], bound, dz.shape[1])
+        if self.weight is not None:
+            self._set_weight(dz, hidden, span, runs)
         if self.hidden is None:
             return
+        student, gemm = self.problem.streams[0], self.problem.recipe.gemm
         total = self._hidden_total()
         part = None
         if total.dtype != gemm:
@@ -183,6 +239,43 @@ class GradientBuffers:
         for a, b in runs:
             weight = student.weights(start + a, start + b, gemm, run.copies[0])
             _add_product(total, dz[:, a:b], weight, part)
+
+    def _add_live_columns(
+        self,
+        live: Sequence[tuple[slice, LiveTiles | None]],
+        hidden: Tensor,
+        span: tuple[int, int],
+    ) -> None:
+        order, weight = self.problem.order, self.problem.streams[0].weight
+        target = self.weight
+        if order is None:
+            weight = weight[span[0] : span[1]]
+            target = None if target is None else target[span[0] : span[1]]
+        else:
+            order = order[span[0] : span[1]]
+        for i, (rows, tiles) in enumerate(live):
+            assert tiles is not None
+            if target is not None:
+                tiles.times_hidden(target, hidden[rows], order, add=i > 0)
+            if self.hidden is not None:
+                tiles.times_weight(self._hidden_total()[rows], weight, order, add=True)
+
+    def _set_weight(
+        self, dz: Tensor, hidden: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
+    ) -> None:
+        assert self.weight is not None
+        order, rows = self.problem.order, self.plan.vocab_block
+        chunk = self.weight[span[0] : span[1]]
+        if order is not None:
+            chunk = self._buffer("ordered", rows, chunk, chunk.dtype)[: dz.shape[1]]
+        if runs != [(0, dz.shape[1])]:
+            chunk.zero_()
+        for a, b in runs:
+            self._set_product(chunk[a:b], dz[:, a:b].t(), hidden, rows)
+        if chunk.dtype == self._product:
+            self._restored(chunk)
+        if order is not None:
+            self.weight.index_copy_(0, order[span[0] : span[1]], chunk)
 
     def _hidden_total(self) -> Tensor:
         """Where chunks add up: the output itself if it can hold the sum, else an accumulator."""
@@ -223,6 +316,8 @@ class GradientBuffers:
         bias = None
         if self.bias is not None:
             assert self.problem.bias_dtype is not None
+            if (order := self.problem.order) is not None:
+                self.bias[order] = self.bias[: order.shape[0]].clone()
             bias = torch.empty_like(self.bias, dtype=self.problem.bias_dtype)
             self._store(bias, self.bias, factors[2])
         return self.hidden, self.weight, bias, factors

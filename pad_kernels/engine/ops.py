@@ -19,6 +19,7 @@ from pad_kernels.backends import reference
 from pad_kernels.backends.base import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.gradients import GradientBuffers
+from pad_kernels.engine.order import ordered
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem, build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
@@ -78,6 +79,8 @@ def _backward(
     stats = schedule.unpack_stats(problem, packed)
     upstream = problem.weights(grad.to(problem.accumulate))
     with problem.workspace(plan) as workspace:
+        if plan.ordered:
+            problem = ordered(problem, workspace)
         run = schedule.Pass.start(problem, plan, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=False)
         held = kept if kept.numel() else None
@@ -280,6 +283,8 @@ def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
             run = schedule.Pass.start(problem, plan, workspace)
             stats = schedule.measure_rows(run, None)
     with problem.workspace(plan) as workspace:
+        if plan.ordered:
+            problem = ordered(problem, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=True)
         run = schedule.Pass.start(problem, plan, workspace)
         if stats is None:

@@ -68,8 +68,8 @@ class PlanRequest:
         backend: "cpp", "triton", "cuda", "torch_blocked" or "reference"; a named backend never
             falls back.
         budget: workspace in bytes.
-        filter: skip column blocks of the logit gradient whose largest entry is below this fraction
-            of the largest per-token weight; 0 is exact. Each entry of the logit gradient is then
+        filter: skip tiles of the logit gradient whose largest entry is below this fraction of the
+            largest per-token weight; 0 is exact. Each entry of the logit gradient is then
             off by at most ``filter`` times that weight.
         token_block: rows of a token block.
         vocab_block: entries of a vocabulary chunk.
@@ -187,6 +187,8 @@ class Plan:
         gemm: dtype of the matrix products' operands.
         accumulate: dtype of statistics and accumulators.
         filter, compact: see PlanRequest.
+        ordered: whether gradients see the vocabulary by mean logit, so that what the filter leaves
+            out lies together.
         workspace_bytes: most workspace in use at any time, kept logits included.
         flops: of the matrix products, forward and backward.
         seconds: predicted time of the matrix products and of the memory traffic around them.
@@ -204,6 +206,7 @@ class Plan:
     accumulate: torch.dtype
     filter: float
     compact: bool
+    ordered: bool
     workspace_bytes: int
     flops: int
     seconds: float

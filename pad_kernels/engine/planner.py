@@ -27,6 +27,8 @@ GPU_SHARE = 1 / 32
 #: many of them alive at once.
 TORCH_TILE = 1 << 18
 TORCH_TEMPORARIES = 16
+#: Bytes for each entry of an ordered vocabulary: the order, its inverse, and what sorting takes.
+ORDER_BYTES = 48
 #: Above this many rows a block never holds all of them.
 WHOLE_ROWS = 512
 #: Rows of statistics that are fused with their products: as many as keep a product busy reading no
@@ -131,7 +133,21 @@ class _Candidates:
         if self.shape.device_bytes:
             copied += max(self.shape.tokens, LEAST_ROWS) * ROW_NUMBERS
         tiles = TORCH_TILE * TORCH_TEMPORARIES * self._acc
+        copied += self._order_bytes(cols)
         return copied + (tiles if self.shape.backend == "torch_blocked" else 0)
+
+    def _ordered(self, kept: int) -> bool:
+        """Whether the filter's tiles are of a vocabulary that is put in order."""
+        gradient = self.request.filter > 0 and any(self.shape.needs)
+        return gradient and kept == 0 and not self.shape.copied_weights
+
+    def _order_bytes(self, cols: int) -> int:
+        """The order, biases in it, and weight rows on their way into and out of it."""
+        if not self._ordered(kept=0):
+            return 0
+        shape, h = self.shape, self.shape.hidden[0]
+        rows = cols * (sum(shape.hidden) * self._item + h * (self._item + self._acc))
+        return rows + shape.vocab * (ORDER_BYTES + shape.streams * self._acc)
 
     def _rows_bytes(self, rows: int) -> int:
         """Hidden states of some rows of every stream, gathered in the product's dtype."""
@@ -198,7 +214,10 @@ class _Candidates:
 
     def _copy_cols(self) -> int:
         """Vocabulary chunk of token-block passes: only for copied weights and accumulation."""
-        default = max(64, (8 << 20) // (max(self.shape.hidden) * self._item))
+        # Where every weight row is gathered, products of a GPU should not be narrow for it.
+        wide = self.shape.device_bytes > 0 and self._ordered(kept=0)
+        nbytes = (64 if wide else 8) << 20
+        default = max(64, nbytes // (max(self.shape.hidden) * self._item))
         return min(self.request.vocab_block or default, self.shape.vocab)
 
     def _forward_only(self, schedule: str) -> Iterator[Plan]:
@@ -300,6 +319,7 @@ class _Candidates:
             accumulate=accumulate_dtype(shape.input),
             filter=self.request.filter,
             compact=self.request.compact,
+            ordered=self._ordered(kept),
             workspace_bytes=need,
             flops=flops,
             seconds=seconds,

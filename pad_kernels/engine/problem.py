@@ -13,7 +13,7 @@ from torch import Tensor
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.devices import generation, total_memory
-from pad_kernels.engine.feed import elsewhere, enters_product
+from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
 from pad_kernels.engine.plan import ALIGNED, Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
@@ -30,6 +30,7 @@ class Stream:
     weight: Tensor  # (V, H), cut to the real vocabulary
     bias: Tensor | None  # (V,), accumulation dtype
     head: HeadOptions
+    order: Tensor | None = None  # (V,) weight rows by vocabulary entry; None: as they lie
 
     def rows(
         self, live: Tensor | None, start: int, stop: int, gemm: torch.dtype, buffer: Tensor
@@ -48,8 +49,9 @@ class Stream:
 
     def weights(self, start: int, stop: int, gemm: torch.dtype, buffer: Tensor | None) -> Tensor:
         """Weight rows start to stop [cols, H] as an operand; copied to ``buffer`` if need be."""
-        chunk = self.weight[start:stop]
-        return chunk if buffer is None else buffer[: stop - start].copy_(chunk)
+        if buffer is None:
+            return self.weight[start:stop]
+        return copy_rows(self.weight, start, stop, buffer, self.order)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Problem:
     def device(self) -> torch.device:
         """Where everything lies."""
         return self.weight.device
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which weight row each vocabulary entry is, [V]; None: as they lie."""
+        return self.streams[0].order
 
     def gather(self, x: Tensor) -> Tensor:
         """Numbers [k, N] of the live rows."""
@@ -127,9 +134,12 @@ class Problem:
     def copied_weight_buffers(self, workspace: Workspace, cols: int) -> list[Tensor | None]:
         """A buffer for each stream whose weight cannot enter a product as it lies, where it lies.
 
-        The streams run one after the other, so one buffer serves all.
+        The streams run one after the other, so one buffer serves all; those of an order are in use
+        together.
         """
         gemm = self.recipe.gemm
+        if self.streams[0].order is not None:
+            return [workspace.empty(cols, s.weight.shape[1], dtype=gemm) for s in self.streams]
         copied = [
             not enters_product(s.weight, gemm) or elsewhere(s.weight, self.device)
             for s in self.streams
@@ -231,7 +241,9 @@ def build_problem(
     if rows.live is not None:
         inputs = {name: x.index_select(0, rows.live) for name, x in inputs.items()}
     if rows.muted is not None:
-        inputs = {name: _muted(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()}
+        inputs = {
+            name: muted_input(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()
+        }
     more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
     accumulate = accumulate_dtype(hidden.dtype)
     streams = [
@@ -331,7 +343,7 @@ def capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool
     return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
 
 
-def _muted(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
+def muted_input(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
     """Harmless inputs [rows, k] for rows that count nothing, and ids that can be gathered."""
     if x.dtype == torch.int64:
         spread = torch.arange(x.shape[1], device=x.device)

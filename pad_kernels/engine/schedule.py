@@ -13,10 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import Backend, FusedBackend, WalkingBackend, get_backend
+from pad_kernels.backends.base import (
+    Backend,
+    FilteringBackend,
+    FusedBackend,
+    LiveTiles,
+    WalkingBackend,
+    get_backend,
+)
 from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
-from pad_kernels.engine.gradients import GradientBuffers, column_runs
+from pad_kernels.engine.gradients import GradientBuffers, filter_bound
 from pad_kernels.engine.plan import Plan, row_pitch
 from pad_kernels.engine.problem import Part, Problem
 from pad_kernels.engine.workspace import Workspace
@@ -86,7 +93,8 @@ class Pass:
     ) -> None:
         """Raw products of some rows with the vocabulary entries start to stop."""
         for j, h in hidden.items():
-            pieces = weight_chunks(self.problem.streams[j].weight, start, stop, self.copies[j])
+            stream = self.problem.streams[j]
+            pieces = weight_chunks(stream.weight, start, stop, self.copies[j], stream.order)
             for a, b, weight in pieces:
                 torch.mm(h, weight.t(), out=out[j][:, a - start : b - start])
 
@@ -105,11 +113,21 @@ class Pass:
     def fused(self, part: Part, stats: RowStats, hidden: dict[int, Tensor]) -> FusedBackend | None:
         """The backend, if it has products and row work in one for these rows."""
         backend = self.backend
-        if not isinstance(backend, FusedBackend) or any(c is not None for c in self.copies):
+        # What is gathered for an order alone could be read as it lies, as in the statistics' pass.
+        copied = self.problem.order is None and any(c is not None for c in self.copies)
+        if not isinstance(backend, FusedBackend) or copied:
             return None
         wanted = list(self.problem.recipe.measured(part.functionals))
         fuses = backend.fuses(self.problem, stats, wanted, hidden, self.plan.vocab_block)
         return backend if fuses else None
+
+    def live_tiles(
+        self, hidden: Tensor, dz: Tensor, peaks: Tensor | None, bound: Tensor | None
+    ) -> LiveTiles | None:
+        """The tiles that the filter keeps, if the backend multiplies those alone."""
+        if peaks is None or bound is None or not isinstance(self.backend, FilteringBackend):
+            return None
+        return self.backend.live_tiles(self.problem, hidden, dz, peaks, bound)
 
     def picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""
@@ -248,7 +266,7 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
     values = torch.empty(weights.shape, dtype=problem.accumulate, device=problem.device)
     step = min(plan.token_block, problem.rows)
     weights = out.operand(weights)
-    bound = plan.filter * float(weights.abs().max()) if plan.filter and problem.rows else 0.0
+    bound = filter_bound(plan, weights)
     for part in problem.parts:
         for a, b in blocks(part.stop - part.start, step):
             a, b = part.start + a, part.start + b
@@ -259,8 +277,7 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
             stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
             peaks = _differentiate_block(run, part, stats, logits, weights[:, a:b], bound)
             _values(problem, part, stats, values[:, a:b])
-            runs = column_runs(peaks, bound, vocab)
-            out.add_rows(run, logits[0], hidden[0], (a, b), runs)
+            out.add_rows(run, logits[0], hidden[0], (a, b), peaks, bound)
     return values
 
 
@@ -270,7 +287,7 @@ def _differentiate_block(
     stats: RowStats,
     logits: dict[int, Tensor],
     weights: Tensor,
-    bound: float,
+    bound: Tensor | None,
 ) -> Tensor | None:
     """Statistics of a token block, and its gradient in the place of the student's logits."""
     problem, backend = run.problem, run.backend
@@ -304,11 +321,13 @@ def differentiate_vocabulary(
         kept: raw logits [streams, rows, V] of the first rows; the others are recomputed.
         out: receives the gradients.
     """
-    problem, plan = run.problem, run.plan
+    problem, plan, gemm = run.problem, run.plan, run.problem.recipe.gemm
     rows = problem.rows
     if rows == 0:
         return
     grad = out.operand(grad)
+    # Ids are places in the problem's own order.
+    stats = RowStats(stats, problem.inputs)
     held = 0 if kept is None else min(kept.shape[1], rows)
     student = run.hidden(Part(0, rows, (0,), ()), 0, rows, rows)[0]
     pieces = []
@@ -324,16 +343,18 @@ def differentiate_vocabulary(
                 fused = None if b <= held else run.fused(part, part_stats, of_rows)
                 pieces.append(_Piece(a, b, of_rows, part_stats, gradient, fused))
     room = run.logit_room(rows, plan.vocab_block)
-    bound = plan.filter * float(grad.abs().max()) if plan.filter else 0.0
+    bound = filter_bound(plan, grad)
+    read = {j for piece in pieces if piece.fused is not None for j in piece.hidden}
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
         chunk = run.logits_in(room, range(len(problem.streams)), rows, b - a)
-        peaks = None
+        weights = {j: problem.streams[j].weights(a, b, gemm, run.copies[j]) for j in read}
+        peaks = []
         for piece in pieces:
             logits = {j: chunk[j][piece.start : piece.stop] for j in piece.hidden}
             arguments = piece.stats, piece.gradient, bound
             if piece.fused is not None:
                 found = piece.fused.differentiate_products(
-                    problem, logits[0], piece.hidden, a, *arguments
+                    problem, logits[0], piece.hidden, weights, a, *arguments
                 )
             else:
                 source = logits
@@ -342,9 +363,8 @@ def differentiate_vocabulary(
                 else:
                     run.logits(piece.hidden, a, b, logits)
                 found = run.backend.gradient(problem, logits[0], source, a, *arguments)
-            if found is not None:
-                peaks = found if peaks is None else torch.maximum(peaks, found)
-        out.add_columns(run, chunk[0], student, (a, b), column_runs(peaks, bound, b - a))
+            peaks.append((slice(piece.start, piece.stop), found))
+        out.add_columns(run, chunk[0], student, (a, b), peaks, bound)
 
 
 @dataclass

@@ -14,6 +14,8 @@ from torch import Tensor
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.sequence import gpu
 
+# Ops have no defaults, so that a fake gets every argument by its place: it names what it looks at.
+
 
 def _sequences(logprob: Tensor, offsets: Tensor | None) -> int:
     return logprob.shape[0] if offsets is None else offsets.shape[0] - 1
@@ -33,14 +35,7 @@ def token_rewards(
 
 
 @token_rewards.register_fake
-def _fake_rewards(
-    logprob: Tensor,
-    offsets: Tensor | None,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_rewards(logprob: Tensor, offsets: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     count = _sequences(logprob, offsets)
     out = logprob.new_empty(count, dtype=accumulate_dtype(logprob.dtype))
     return out, logprob.new_empty(count, dtype=torch.float64)
@@ -63,16 +58,7 @@ def token_rewards_gradient(
 
 
 @token_rewards_gradient.register_fake
-def _fake_rewards_gradient(
-    upstream: Tensor,
-    inverse: Tensor,
-    logprob: Tensor,
-    offsets: Tensor | None,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    mean: bool,
-) -> Tensor:
+def _fake_rewards_gradient(upstream: Tensor, inverse: Tensor, logprob: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logprob, memory_format=torch.contiguous_format)
 
 
@@ -126,21 +112,10 @@ def token_listwise(
 
 
 @token_listwise.register_fake
-def _fake_listwise(
-    logprob: Tensor,
-    teacher: Tensor,
-    offsets: Tensor | None,
-    labels: Tensor | None,
-    valid: Tensor | None,
-    kind: str,
-    beta: float,
-    subset_size: int,
-    ignore_index: int,
-    mean: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_listwise(logprob: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     groups, n = teacher.shape
     loss = logprob.new_empty(groups, dtype=accumulate_dtype(logprob.dtype))
+    with_gradient = rest[-1]
     gradient = logprob.new_empty((groups if with_gradient else 0, n), dtype=loss.dtype)
     return loss, gradient, logprob.new_empty(groups * n, dtype=torch.float64)
 
@@ -166,14 +141,7 @@ def token_listwise_gradient(
 
 @token_listwise_gradient.register_fake
 def _fake_listwise_gradient(
-    upstream: Tensor,
-    gradient: Tensor,
-    inverse: Tensor,
-    logprob: Tensor,
-    offsets: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    mean: bool,
+    upstream: Tensor, gradient: Tensor, inverse: Tensor, logprob: Tensor, *_: Any
 ) -> Tensor:
     return torch.empty_like(logprob, memory_format=torch.contiguous_format)
 

@@ -5,34 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import get_backend
+from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.launch import Block, Device, run, transform
+from pad_kernels.backends.triton.live import LiveTiles, multiplies
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
-from pad_kernels.functionals.statistics import (
-    Argmax,
-    Largest,
-    Moment,
-    Normalizer,
-    Picked,
-    RowStats,
-    Statistic,
-    Tail,
-    Total,
-)
+from pad_kernels.functionals.statistics import Largest, RowStats, Statistic, Tail
 from pad_kernels.heads import HeadOptions
 
-_KNOWN = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
 #: How many of a kind one pass takes.
 _ROOM: dict[type[Statistic], int] = {Tail: 1, Outcomes: 1}
-#: Streams of one pass: the student and three teachers.
-_STREAMS = 4
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -46,17 +34,7 @@ class TritonBackend:
             return f"tensors are on {device.type}"
         if recipe.gemm not in (torch.float32, *_HALF):
             return f"no row pass for {recipe.gemm}: the kernels compute in float32"
-        if len(recipe.heads) > _STREAMS:
-            return f"a row pass has room for {_STREAMS} streams"
-        for functional in recipe.functionals:
-            for statistic in functional.statistics:
-                if not isinstance(statistic, (*_KNOWN, Picked)):
-                    name = type(functional).__name__
-                    return f"{name} needs {type(statistic).__name__}, which has no kernel yet"
-        for kind, room in _ROOM.items():
-            if sum(isinstance(s, kind) for s in recipe.statistics) > room:
-                return f"a row pass has room for {room} of {kind.__name__}"
-        return None
+        return beyond_row_passes(recipe, _ROOM)
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
@@ -72,7 +50,7 @@ class TritonBackend:
         offset: int,
     ) -> None:
         largest = [s for s in wanted if isinstance(s, Largest) and s.k <= MOST]
-        ours = [s for s in wanted if isinstance(s, _KNOWN)]
+        ours = [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]
         if others := [s for s in wanted if s not in ours and s not in largest]:
             get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
         block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
@@ -116,13 +94,16 @@ class TritonBackend:
         problem: Problem,
         out: Tensor,
         hidden: dict[int, Tensor],
+        weights: dict[int, Tensor],
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
-        run(out, plan_gradient(problem, out, hidden, offset, stats, gradient, peaks))
+        least = None if bound is None else bound.float().reshape(1)
+        launch = plan_gradient(problem, out, hidden, weights, offset, stats, gradient, peaks, least)
+        run(out, launch)
         return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
@@ -133,7 +114,7 @@ class TritonBackend:
         offset: int,
         stats: RowStats,
         gradient: LogitGradient,
-        bound: float,
+        bound: Tensor | None,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
         block = Block(problem, stats, logits, offset, Device.of(out.device))
@@ -141,9 +122,33 @@ class TritonBackend:
             run(out, block.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
 
+    def live_tiles(
+        self, problem: Problem, hidden: Tensor, dz: Tensor, peaks: Tensor, bound: Tensor
+    ) -> Live | None:
+        if not multiplies(problem, hidden):
+            return None
+        live = Live(dz, peaks, bound.float().reshape(1))
+        run(dz, *live.lists())
+        return live
 
-def _peaks(out: Tensor, bound: float) -> Tensor | None:
+
+class Live(LiveTiles):
+    """The live tiles of a block, and products over them."""
+
+    def times_weight(
+        self, total: Tensor, weight: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        run(total, self.product(total, weight, index, transposed=False, add=add))
+
+    def times_hidden(
+        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+    ) -> None:
+        run(total, self.product(total, hidden, index, transposed=True, add=add))
+
+
+def _peaks(out: Tensor, bound: Tensor | None) -> Tensor | None:
     """Room for the bits of the largest magnitudes of the filter's tiles, if it is on."""
-    if bound <= 0:
+    if bound is None:
         return None
-    return out.new_zeros(-(-out.shape[1] // FILTER_TILE), dtype=torch.int32)
+    tiles = [-(-size // FILTER_TILE) for size in out.shape]
+    return out.new_zeros(tiles, dtype=torch.int32)

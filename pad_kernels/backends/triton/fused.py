@@ -26,6 +26,7 @@ from pad_kernels.backends.triton.tilings import (
 )
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
@@ -153,11 +154,12 @@ class Operands:
         sizes = autotune.shape_class(*self.shape, like.shape[1])
         return f"{str(like.dtype).removeprefix('torch.')}/heads {heads}/{sizes}"
 
-    def cut(self, start: int, stop: int) -> Operands:
-        """The same streams, vocabulary entries start to stop."""
+    def cut(self, start: int, weights: list[Tensor]) -> Operands:
+        """The same streams, the vocabulary entries from ``start`` whose weight rows these are."""
+        stop = start + weights[0].shape[0]
         return Operands(
             self.hidden,
-            [w[start:stop] for w in self.weight],
+            weights,
             tuple(None if b is None else b[start:stop] for b in self.biases),
             self.heads,
         )
@@ -312,7 +314,9 @@ def gradient_launch(
     out: Tensor,
     offset: int,
     peaks: Tensor | None,
+    bound: Tensor | None = None,
     *,
+    tile: int = FILTER_TILE,
     tma: bool,
 ) -> Launch:
     """The launch that writes dL/dz of a block to ``out`` [rows, cols].
@@ -320,8 +324,11 @@ def gradient_launch(
     Args:
         operands: of the streams ``used``, their weights and biases cut to the block.
         offset: vocabulary id of the block's first entry.
-        peaks: receives the largest magnitudes of FILTER_TILE columns, as int32 bits.
+        peaks: [row tiles, column tiles], receives the filter's largest magnitudes as int32 bits.
+        bound: float32 [1]; a tile below it need not be written. None: all are.
+        tile: rows and columns of a filter tile; the kernel's own divide it.
     """
+    whole = (tiling.rows, tiling.cols) == (tile, tile)
     columns = Columns()
     shifts, inverses = columns.streams(stats, used)
     constants = {
@@ -332,7 +339,7 @@ def gradient_launch(
         "STUDENT": columns.add(terms.student),
         "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
         "SHARES": tuple(columns.share(stats, j, terms.probabilities) for j in used),
-        "FILTER": FILTER_TILE,
+        "FILTER": tile,
     }
     constants["FIELDS"] = columns.count
     sparse = None
@@ -344,6 +351,7 @@ def gradient_launch(
         "coefficients": columns.packed(),
         "sparse": sparse,
         "peaks": peaks,
+        "bound": bound if whole else None,
         "offset": offset,
     }
     rows, cols = operands.shape
@@ -355,26 +363,38 @@ def plan_gradient(
     problem: Problem,
     out: Tensor,
     hidden: dict[int, Tensor],
+    weights: dict[int, Tensor],
     offset: int,
     stats: RowStats,
     terms: LogitGradient,
     peaks: Tensor | None,
+    bound: Tensor | None,
 ) -> Launch:
     """The launch for a block of logits, of the streams that the gradient reads."""
     used = sorted({0, *terms.moments, *terms.probabilities})
     operands = Operands.of(problem, {j: hidden[j] for j in used})
-    operands = operands.cut(offset, offset + out.shape[1])
+    operands = operands.cut(offset, [weights[j] for j in used])
     device = Device.of(problem.device)
-    plain = operands.plain and peaks is None
+    plain, filtered = operands.plain, peaks is not None
+    least = bound if filters_tiles(problem.recipe) else None
 
-    def build(tiling: Tiling, peaks: Tensor | None) -> Launch:
-        copies = device.capability >= 90
-        return gradient_launch(operands, used, tiling, stats, terms, out, offset, peaks, tma=copies)
+    def build(tiling: Tiling) -> Launch:
+        return gradient_launch(
+            *(operands, used, tiling, stats, terms, out, offset, peaks, least),
+            tma=device.capability >= 90,
+        )
 
-    def trial(tiling: Tiling) -> tuple[Launch]:
-        return (build(tiling, None if peaks is None else torch.empty_like(peaks)),)
+    shipped = gradient_tiling(device.capability, len(used), plain=plain, filtered=filtered)
+    # Tiles that the filter looks at have its size.
+    tilings = [shipped] if filtered else autotune.candidates(device, shipped)
+    key = f"gradient/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
+    return build(autotune.choose(key, out, tilings, lambda tiling: [build(tiling)]))
 
-    shipped = gradient_tiling(device.capability, len(used), plain=plain)
-    tilings = autotune.candidates(device, shipped)
-    key = f"gradient/{len(terms.moments)}{len(terms.probabilities)}{plain}/{operands.key}"
-    return build(autotune.choose(key, out, tilings, trial), peaks)
+
+def filters_tiles(recipe: Recipe) -> bool:
+    """Whether tiles below the filter's bound need not be written, as nobody reads them.
+
+    A bias gradient does; and so do products of float16, whose sums the tiles' kernels cannot
+    restore to their size.
+    """
+    return not recipe.needs[2] and recipe.gemm != torch.float16

@@ -35,7 +35,8 @@ def fused_gradient_kernel(
     out,  # (pointer to (rows, vocab), its stride)
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
     sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32, count), or None
-    peaks,  # bits of the largest magnitude of each FILTER columns, int32, or None
+    peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
+    bound,  # (1,) float32: what a tile has to reach to be read; None: every tile is
     rows,
     vocab,  # of this block, as are the weights
     offset,  # vocabulary id of the block's first column
@@ -47,7 +48,7 @@ def fused_gradient_kernel(
     STUDENT: tl.constexpr,
     MOMENTS: tl.constexpr,
     SHARES: tl.constexpr,
-    FILTER: tl.constexpr,
+    FILTER: tl.constexpr,  # rows and columns of a filter tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,13 +87,18 @@ def fused_gradient_kernel(
     cols = col + tl.arange(0, BLOCK_N)
     inside = (at < rows)[:, None] & (cols < vocab)[None, :]
     stored = d.to(out[0].dtype.element_ty)
-    tl.store(out[0] + at.to(tl.int64)[:, None] * out[1] + cols[None, :], stored, inside)
     if peaks is not None:
         # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in any
         # order, so that the atomic is deterministic.
         bits = tl.abs(stored.to(tl.float32)).to(tl.int32, bitcast=True)
         most = tl.max(tl.where(inside, bits, 0))
-        tl.atomic_max(peaks + col // FILTER, most)
+        tl.atomic_max(peaks + row // FILTER * tl.cdiv(vocab, FILTER) + col // FILTER, most)
+        if bound is not None:
+            # This tile is the filter's: nobody reads it if it is dead. A NaN is not.
+            least = tl.load(bound)
+            if most.to(tl.float32, bitcast=True) < least:
+                inside = inside & (cols < 0)[None, :]
+    tl.store(out[0] + at.to(tl.int64)[:, None] * out[1] + cols[None, :], stored, inside)
 
 
 @triton.jit

@@ -126,7 +126,7 @@ def row_gradient(
     outside,  # (rows, outside_count) int64 ascending, or None
     outside_count,
     alpha,
-    peaks,  # (tiles,) int32: bits of the largest magnitudes, or None
+    peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
     rows,
     cols,
     tiles,
@@ -143,7 +143,7 @@ def row_gradient(
     CURVED: tl.constexpr,  # teacher's place, divergence, then weight, mean slope, log of sums
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
-    FILTER: tl.constexpr,  # columns of a filter tile
+    FILTER: tl.constexpr,  # rows and columns of a filter tile
 ):
     """The derivative by the first stream's raw logits, chain factor of its head included."""
     row = tl.program_id(0)
@@ -198,7 +198,8 @@ def row_gradient(
             bits = tl.where(inside, bits, 0)
             most = tl.max(tl.reshape(bits, (DEPTH * LANES // FILTER, FILTER)), 1)
             place = start // FILTER + tl.arange(0, DEPTH * LANES // FILTER)
-            tl.atomic_max(peaks + place, most, mask=place * FILTER < end)
+            line = peaks + row // FILTER * tl.cdiv(cols, FILTER)
+            tl.atomic_max(line + place, most, mask=place * FILTER < end)
 
 
 @triton.jit

@@ -125,15 +125,44 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
     return (_FULL if extras > 1 else _LIGHT)[known][streams]
 
 
-def gradient_tiling(capability: int, streams: int, *, plain: bool) -> Tiling:
-    """For the fused gradient; ``plain`` is without head transforms and without the filter.
+def gradient_tiling(capability: int, streams: int, *, plain: bool, filtered: bool) -> Tiling:
+    """For the fused gradient; ``plain`` is without head transforms.
 
     Nothing is carried from tile to tile, and yet a wide tile spills on Blackwell with Triton 3.6.
+    One that finds the largest magnitudes for the filter has the filter's tile where that fits.
     """
     known = generation(capability)
-    if not plain:
-        return _CURVED[known][streams]
-    return _WIDE if known == 90 and streams == 1 else _LIGHT[known][streams]
+    if plain and streams == 1:
+        return _WIDE if known == 90 and not filtered else _LIGHT[known][1]
+    return _LIGHT[known][streams] if plain and not filtered else _CURVED[known][streams]
+
+
+@dataclass(frozen=True)
+class LiveTiling:
+    """Shape of a product over live tiles: how many features of H, and of one step.
+
+    Args:
+        features: of H that a program adds up, for one tile's rows or columns.
+        depth: rows or columns of dL/dz of one step; divides the filter's tile.
+        warps: of a program.
+        stages: of the pipeline. The list's entry, the entry's place in the vocabulary and the
+            matrices are read one after the other, so that two stages hold no matrix yet.
+    """
+
+    features: int
+    depth: int
+    warps: int
+    stages: int
+
+
+#: The widest that the compiler fits into registers; at 128 x 256 a step's operands are 48 KiB for
+#: 4.2 Mflop, at 128 x 128 32 KiB for 2.1. Blackwell's sums come through registers when they are
+#: added to what is there.
+LIVE = {
+    80: LiveTiling(128, 32, 8, 7),
+    90: LiveTiling(256, 64, 8, 5),
+    100: LiveTiling(128, 64, 8, 5),
+}
 
 
 def choose_splits(row_tiles: int, col_tiles: int, processors: int, group: int, most: int) -> int:

@@ -1,0 +1,232 @@
+"""The gradient filter on single tiles, under the interpreter; test_triton_fused.py runs this."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
+
+# isort: split
+import filter_cases
+import pytest
+import torch
+from filter_cases import Peaked, check, spread, tiles_of
+from oracles import GRADIENTS
+
+import pad_kernels as pk
+from pad_kernels.backends.triton import fused
+from pad_kernels.backends.triton import live as live_module
+from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.tilings import LiveTiling, Tiling
+from pad_kernels.engine import ops
+from pad_kernels.engine.plan import Plan
+from pad_kernels.engine.workspace import account
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.statistics import Block, Normalizer, measure
+from pad_kernels.heads import HeadOptions
+
+HALF = [torch.bfloat16, torch.float16]
+TILE = 32
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    torch.manual_seed(0)
+    account.poison = True
+    yield
+    account.poison = False
+
+
+# --- the products ---
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("shape", [(75, 107, 48), (32, 64, 16), (1, 507, 80), (40, 1, 16)])
+def test_products_read_live_tiles_alone(
+    shape: tuple[int, int, int], share: float, dtype: torch.dtype
+) -> None:
+    """Dead tiles hold NaN, and so does whatever lies beyond the edges."""
+    rows, cols, width = shape
+    peaks = torch.rand(-(-rows // TILE), -(-cols // TILE))
+    peaks[0, 0] = torch.nan if share else 0.0
+    bound = torch.tensor([2.0 if share == 0 else 1 - share])
+    alive = spread(~(peaks < bound), TILE, torch.Size((rows, cols)))
+    dz = torch.full((rows + 3, cols + 5), torch.nan, dtype=dtype)[:rows, :cols]
+    dz[alive] = torch.randn(int(alive.sum())).to(dtype)
+    dense = torch.where(alive, dz, 0).double()
+    vocab = cols + 9
+    hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(vocab, width).to(dtype)
+    cases = (
+        (LiveTiling(32, 16, 4, 3), None, False, torch.float32),
+        (LiveTiling(64, 32, 4, 5), torch.randperm(vocab)[:cols], True, dtype),
+    )
+    for tiling, index, add, into in cases:
+        live = LiveTiles(dz, peaks, bound, TILE, tiling)
+        for launch in live.lists():
+            launch.run()
+        places, eps = torch.arange(cols) if index is None else index, torch.finfo(into).eps
+        start = torch.randn(rows, width).to(into)
+        got = start.clone() if add else torch.full_like(start, torch.nan)
+        live.product(got, weight, index, transposed=False, add=add).run()
+        exact = dense @ weight[places].double() + (start.double() if add else 0)
+        torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5)
+        start = torch.randn(vocab, width).to(into)
+        got = start.clone() if add else torch.full_like(start, torch.nan)
+        live.product(got, hidden, index, transposed=True, add=add).run()
+        exact = start.double()
+        if not add:
+            exact.fill_(torch.nan)[places] = 0.0
+        exact[places] += dense.t() @ hidden.double()
+        torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_dead_tiles_are_not_written(tma: bool) -> None:
+    """A kernel whose tile is the filter's writes what is alive; smaller ones write it all."""
+    rows, cols, width, dtype = 40, 150, 32, torch.bfloat16
+    hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(cols, width).to(dtype)
+    weight[TILE : 3 * TILE] *= 0.01
+    hidden[TILE:] *= 0.1
+    operands = fused.Operands([hidden], [weight], (None,), [HeadOptions()])
+    logits = (hidden.double() @ weight.double().t()).float()
+    stats = measure([Normalizer(0)], Block({0: logits}, 0, {}), None)
+    label = torch.full((rows, 1), 70)
+    label[TILE:] = 5
+    terms = LogitGradient(student=-torch.ones(rows), sparse=[(label, torch.ones(rows, 1))])
+    exact = -logits.double().softmax(1)
+    exact[torch.arange(rows), label[:, 0]] += 1
+    bound = torch.tensor([0.05])
+    assert 0 < int((tiles_of(exact, TILE) < 0.05).sum()) < 8
+    for size, written in ((TILE, False), (TILE // 2, True)):
+        out = torch.full((rows, cols), torch.nan, dtype=dtype)
+        peaks = torch.zeros(2, 5, dtype=torch.int32)
+        tiling = Tiling(size, size, 16, 4, 3, 2)
+        fused.gradient_launch(
+            *(operands, [0], tiling, stats, terms, out, 0, peaks, bound), tile=TILE, tma=tma
+        ).run()
+        found = peaks.view(torch.float32)
+        torch.testing.assert_close(found.double(), tiles_of(exact, TILE), rtol=8e-3, atol=1e-6)
+        alive = spread(~(found < bound), TILE, out.shape)
+        assert torch.equal(out.isnan(), torch.zeros_like(alive) if written else ~alive)
+        torch.testing.assert_close(out[alive].double(), exact[alive], rtol=8e-3, atol=1e-6)
+
+
+# --- through the engine ---
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many live tiles each product over rows had."""
+    counts: list[int] = []
+    original = LiveTiles.product
+
+    def spy(self: LiveTiles, *arguments: object, transposed: bool, add: bool) -> object:
+        if not transposed:
+            counts.append(int(self._lists[False][1].sum()))
+        return original(self, *arguments, transposed=transposed, add=add)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(live_module.LiveTiles, "product", spy)
+    return counts
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("schedule", ["early", "late"])
+def test_filtered_gradients(
+    products: list[int], monkeypatch: pytest.MonkeyPatch, schedule: str, biased: bool
+) -> None:
+    """Some tiles dead, -inf and an unlikely label among them; with a bias all of dz is summed."""
+    plans: list[Plan] = []
+    original = ops.op_plan
+
+    def spy(*arguments: Any, **options: Any) -> Plan:
+        plans.append(original(*arguments, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(ops, "op_plan", spy)
+    account.reset()
+    filter_cases.check_schedule(schedule, "triton", biased)
+    assert len(products) == 2
+    assert 0 < account.high_water <= plans[0].workspace_bytes
+
+
+def test_kept_rows_in_natural_order(products: list[int]) -> None:
+    """Kept logits lie as they are; rows beside them are recomputed, in tiles of their own."""
+    x = Peaked(torch.bfloat16)
+    x.labels[:] = 5
+    x.bias[5] = 1.0
+    x.bias[300:] = -12.0
+    request = pk.PlanRequest("kept", "triton", filter=1e-3, vocab_block=384, kept_rows=128)
+    left_out = check(x, 1e-3, request, natural=True)
+    assert left_out[:, 384:].all() and len(products) == 4
+
+
+@pytest.mark.parametrize(("level", "alive"), [(0.999, 0), (1e-30, 12)])
+def test_all_tiles_dead_or_alive(products: list[int], level: float, alive: int) -> None:
+    x = Peaked(torch.bfloat16)
+    x.bias[:] = 0
+    request = pk.PlanRequest("late", "triton", filter=level)
+    hidden, weight = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
+    x.labels[:] = 5
+    logprob = pk.linear_logprob(hidden * 1e-2, weight, x.labels, plan=request)
+    # The labels' entries are 1 - 1/700 at most: 0.9986.
+    logprob.sum().backward()
+    assert products == [alive]
+    assert bool(hidden.grad.any()) == bool(weight.grad.any()) == (alive > 0)
+
+
+def test_matrices_that_kernels_cannot_read(products: list[int]) -> None:
+    """Column runs by the library's products: rows of an odd size, float32."""
+    for dtype, width in ((torch.bfloat16, 24), (torch.float32, 32)):
+        x = Peaked(dtype, rows=30, width=width)
+        request = pk.PlanRequest("late", "triton", filter=1e-3, vocab_block=384)
+        leaves = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
+        pk.linear_cross_entropy(
+            *leaves, x.labels, bias=x.bias, reduction="sum", plan=request
+        ).backward()
+        dz, live = x.gradient()
+        left_out = ~leaves[1].grad.any(1)
+        assert 200 < int(left_out.sum()) < 600 and (dz[:, left_out].abs() <= 1e-3).all()
+        exact = dz.t() @ x.hidden[live].double()
+        error = (leaves[1].grad.double() - exact)[~left_out].norm()
+        assert error <= GRADIENTS * torch.finfo(dtype).eps * exact.norm()
+    assert not products
+
+
+def test_the_same_bits_every_time() -> None:
+    x = Peaked(torch.bfloat16)
+    found = []
+    for _ in range(2):
+        leaves = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
+        plan = pk.PlanRequest("early", "triton", filter=1e-3, token_block=75)
+        loss = pk.linear_cross_entropy(*leaves, x.labels, bias=x.bias, plan=plan)
+        found.append(torch.autograd.grad(loss, leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_teachers_and_parts_in_order(products: list[int]) -> None:
+    """Rows with a teacher and rows without: two parts, each with its own tiles, one weight."""
+    x, teacher = (
+        Peaked(torch.bfloat16),
+        pk.Head(torch.randn(150, 16).bfloat16(), (torch.randn(700, 16) / 2).bfloat16()),
+    )
+    wanted = torch.rand(2, 150) * (torch.rand(2, 150) < 0.7)
+    found = []
+    for level in (0.0, 1e-30):
+        leaves = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
+        loss = pk.linear_distill(
+            pk.Head(*leaves, x.bias.clamp(min=-9)),
+            x.labels,
+            teacher=teacher,
+            ce_weight=wanted[0],
+            divergence_weight=wanted[1],
+            reduction="sum",
+            plan=pk.PlanRequest("late", "triton", filter=level, vocab_block=384),
+        ).loss
+        assert loss is not None
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert len(products) == 4
+    eps = torch.finfo(torch.bfloat16).eps
+    for exact, mine in zip(*found, strict=True):
+        error = (mine.double() - exact.double()).norm()
+        assert error <= GRADIENTS * eps * exact.double().norm()
+    assert torch.equal(found[0][0], found[1][0])
