@@ -206,6 +206,7 @@ class Block:
 
     def _terms(self, gradient: LogitGradient) -> Any:
         """A gradient's coefficients as the module takes them."""
+        assert not gradient.centred, "a settled gradient is wanted"
         terms = self.backend.module().GradientTerms()
         terms.c0, terms.c1 = self._column(gradient.constant), self._column(gradient.student)
         streams = range(len(self.streams))

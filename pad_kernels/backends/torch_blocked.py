@@ -83,6 +83,7 @@ class TorchBackend:
         gradient: LogitGradient,
         bound: Tensor | None,
     ) -> Tensor | None:
+        assert not gradient.centred, "a settled gradient is wanted"
         cols = out.shape[1]
         peaks = None
         if bound is not None:

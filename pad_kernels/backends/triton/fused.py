@@ -328,6 +328,7 @@ def gradient_launch(
         bound: float32 [1]; a tile below it need not be written. None: all are.
         tile: rows and columns of a filter tile; the kernel's own divide it.
     """
+    assert not terms.centred, "a settled gradient is wanted"
     whole = (tiling.rows, tiling.cols) == (tile, tile)
     columns = Columns()
     shifts, inverses = columns.streams(stats, used)

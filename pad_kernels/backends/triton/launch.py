@@ -232,6 +232,7 @@ class Block:
 
     def gradient(self, terms: LogitGradient, out: Tensor, peaks: Tensor | None) -> Launch:
         """The launch that writes the gradient with respect to the student's raw logits."""
+        assert not terms.centred, "a settled gradient is wanted"
         curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
         read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
         used = sorted(read)

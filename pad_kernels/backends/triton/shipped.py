@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pad_kernels.backends.triton.launch import Block, Device, Launch
+from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.plan import PlanRequest
 from pad_kernels.engine.problem import Problem, Stream
 from pad_kernels.engine.recipe import Recipe
@@ -115,5 +116,6 @@ def launches(
     for statistic in recipe.statistics:
         if isinstance(statistic, Outcomes):
             yield block.outcomes(statistic)[0]
-    peaks = torch.empty(-(-cols // 256), dtype=torch.int32, device="meta")
-    yield block.gradient(terms, logits[0], peaks if example.filtered else None)
+    tiles = [-(-size // FILTER_TILE) for size in (rows, cols)]
+    peaks = torch.empty(tiles, dtype=torch.int32, device="meta")
+    yield block.gradient(terms.settled(stats), logits[0], peaks if example.filtered else None)
