@@ -87,10 +87,14 @@ def test_picture(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_nothing_fits_and_what_would(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     options = ("--student", student, "--length", "64", "--reserve", "0", "--gpu")
-    alone = float(numbers(run(capsys, *options, "1")[1], "needed")[3])
-    options = ("--teacher", student, *options)
-    gpu = alone + 0.001  # GiB; the teacher's 1.1 million parameters take twice that
-    code, out, err = run(capsys, *options, gpu)
+    # The smallest GPU for the student alone, in GiB. The workspace grows with the GPU.
+    small, large = 0.001, 0.1
+    while large - small > 0.0005:
+        middle = (small + large) / 2
+        fits = run(capsys, *options, f"{middle:.5f}")[0] == 0
+        small, large = (small, middle) if fits else (middle, large)
+    options = ("--teacher", student, *options)  # 1.1 million parameters: 0.002 GiB
+    code, out, err = run(capsys, *options, f"{large:.5f}")
     assert code == 2 and numbers(out, "largest micro-batch") == ["0"] * 4
     assert err.startswith("pad-kernels: nothing fits") and "from a cache" in err
     code, _, err = run(capsys, *options, "0.001")
