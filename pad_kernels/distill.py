@@ -128,7 +128,7 @@ def linear_distill(
     if reduction == "none":
         call.refuse_early()
     if apart is not None and parts.wanted("divergence"):
-        parts.add_renormalized(apart, kind, mix)  # once all arguments are checked
+        parts.add_renormalized(apart, kind, mix, call.backend)  # once all arguments are checked
     if reduction == "none":
         return DistillOutput(None, *parts.per_token(call))
     loss, found = parts.summed(call)
@@ -172,13 +172,14 @@ class _Parts:
         """Whether a part is computed if it can be."""
         return self.tokens.reduction == "none" or not _is_zero(self.weights[name])
 
-    def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float) -> None:
+    def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float, backend: str) -> None:
         """The divergence where k tokens are all there is, beside the pass over the vocabulary."""
         counted, weight = self.tokens.counted, self.weights["divergence"]
         applied = self.tokens.reduction != "none"
         if applied and isinstance(weight, Tensor) and not weight.requires_grad:
             counted = counted & (weight.reshape(-1) != 0)
-        self.beside["divergence"] = self.mixture.renormalized(teacher, kind, alpha, counted)
+        found = self.mixture.renormalized(teacher, kind, alpha, counted, backend)
+        self.beside["divergence"] = found
 
     def per_token(self, call: Call) -> list[Tensor | None]:
         """The unweighted values [...] of every part, None for those that are not there."""

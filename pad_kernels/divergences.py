@@ -163,7 +163,7 @@ def linear_divergence(
             call.refuse_early()
         if token_weights is not None:
             check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
-        values = mixture.renormalized(teacher, kind, mix, tokens.counted)
+        values = mixture.renormalized(teacher, kind, mix, tokens.counted, call.backend)
         if reduction == "none":
             return _weighted(values, token_weights, tokens)
         weights = tokens.weights("token_weights", token_weights, values.dtype)

@@ -9,23 +9,20 @@ import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 # isort: split
 import pytest
 import torch
-from oracles import GRADIENTS, VALUES
+from oracles import GRADIENTS, VALUES, assert_by_norm
 from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.backends.torch_blocked import _dense as dense_gradient
-from pad_kernels.backends.triton import autotune, fused, topk
+from pad_kernels.backends.triton import autotune, fused
 from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton.tilings import Tiling
-from pad_kernels.engine import candidates
-from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.problem import Stream
 from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,
     Block,
-    Largest,
     Moment,
     Normalizer,
     Picked,
@@ -227,11 +224,6 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def assert_close(got: Tensor, exact: Tensor, dense: Tensor, k: int, least: float) -> None:
-    room = max((dense - exact).norm(), least * exact.norm())
-    assert (got - exact).norm() <= k * room
-
-
 @pytest.mark.usefixtures("multiply_float16")
 @pytest.mark.parametrize(("dtype", "filtered"), [(torch.bfloat16, False), (torch.float16, True)])
 def test_token_stats_through_the_engine(
@@ -263,13 +255,13 @@ def test_token_stats_through_the_engine(
         gradients.append(oracle.gradients(loss))
     eps = torch.finfo(torch.float32).eps
     for mine, exact, dense in zip((found.logprob[live], found.entropy[live]), *values, strict=True):
-        assert_close(mine.double(), exact.double(), dense.double(), VALUES, 4 * eps)
+        assert_by_norm(mine.double(), exact.double(), dense.double(), VALUES, 4 * eps)
     half = torch.finfo(dtype).eps
     assert not got[0][~live].any()
     assert not got[1][vocab:].any()
     mine = got[0][live], got[1][:vocab]
     for g, exact, dense in zip(mine, *gradients, strict=True):
-        assert_close(g.double(), exact.double(), dense.double(), GRADIENTS, half)
+        assert_by_norm(g.double(), exact.double(), dense.double(), GRADIENTS, half)
 
 
 def test_measured_tilings_change_nothing_but_last_digits(
@@ -317,7 +309,7 @@ def test_scoring_some_rows_at_a_time(fused_calls: list[str]) -> None:
     exact = (odd[0].double() @ odd[1].double().t()).log_softmax(-1)
     live = labels >= 0
     exact = exact.gather(1, labels.clamp(min=0)[:, None])[live, 0]
-    assert_close(other[live].double(), exact, exact.bfloat16().double(), VALUES, 2**-8)
+    assert_by_norm(other[live].double(), exact, exact.bfloat16().double(), VALUES, 2**-8)
     assert len(fused_calls) == 5
 
 
@@ -356,9 +348,9 @@ def test_three_streams_through_the_engine(fused_calls: list[str]) -> None:
         advantage = (s.exp() * (d - r)).sum(-1)
         losses.append((weights[0] * ce - weights[1] * advantage).sum())
         gradients.append(oracle.gradients(losses[-1]))
-    assert_close(found.loss.double(), losses[0].double(), losses[1].double(), VALUES, 1e-6)
+    assert_by_norm(found.loss.double(), losses[0].double(), losses[1].double(), VALUES, 1e-6)
     for g, exact, dense in zip(got, *gradients, strict=True):
-        assert_close(g.double(), exact.double(), dense.double(), GRADIENTS, 2**-7)
+        assert_by_norm(g.double(), exact.double(), dense.double(), GRADIENTS, 2**-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -400,93 +392,5 @@ def test_gradient_of_a_block(dtype: torch.dtype, count: int, tma: bool) -> None:
         found.append(dense * student.head.chain(raw))
     dense = found[1].to(dtype).double()
     eps = torch.finfo(dtype).eps
-    assert_close(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
+    assert_by_norm(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
     assert peaks.view(torch.float32)[0] == out.float().abs().max()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rows", "vocab", "k"),
-    [
-        *((torch.bfloat16, 3, 500, 17), (torch.float16, 2, 300, 1)),
-        *((dtype, 2, 9, 16) for dtype in DTYPES),
-        (torch.float32, 1, 1, 4),
-    ],
-)
-def test_largest(dtype: torch.dtype, rows: int, vocab: int, k: int) -> None:
-    """Chunks in any order; many equal values, -inf and both zeros among them."""
-    raw = torch.randint(-4, 5, (rows, vocab + 3)).to(dtype)[:, :vocab] / 2
-    raw[torch.rand(rows, vocab) < 0.3] = -torch.inf
-    raw[torch.rand(rows, vocab) < 0.1] = -0.0
-    head = HeadOptions(3.0, 1.0, 0.5)
-    bias = torch.randint(-1, 2, (vocab,)).float()
-    stream = Stream(torch.empty(0), torch.empty(0), bias, head)
-    statistic = Largest(k)
-    state = empty_stats([statistic], 2 * rows, {}, torch.device("cpu"))[statistic][:, rows:]
-    cuts = [0, vocab // 3, vocab // 3 + vocab // 2, vocab]
-    for i in (2, 0, 1):
-        a, b = cuts[i], cuts[i + 1]
-        if a < b:
-            topk.merge_largest(stream, raw[:, a:b], a, state, tile=64).run()
-    logits = head.transform(raw.float() + bias)
-    exact = measure([statistic], Block({0: logits}, 0, {}), None)[statistic]
-    assert torch.equal(state[k:], exact[k:])
-    torch.testing.assert_close(state[:k], exact[:k], rtol=1e-6, atol=1e-6)
-
-
-def test_topk_op() -> None:
-    hidden, weight = torch.randn(2, 24), torch.randn(515, 24)
-    found = pk.linear_topk(hidden, weight, 3, plan="triton")
-    exact = (hidden.double() @ weight.double().t()).log_softmax(-1).topk(3)
-    assert torch.equal(found.ids, exact.indices)
-    torch.testing.assert_close(found.logprobs.double(), exact.values, rtol=1e-6, atol=2e-6)
-
-
-#: Rows, vocabulary, features, ids a row: nothing divides; one of each; more ids than a step takes.
-GATHERED = [(9, 50, 133, 21), (1, 1, 1, 1), (3, 507, 123, 5), (40, 7, 16, 3)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", GATHERED)
-def test_candidate_logits(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
-    """Only the rows that count are looked at; -inf weights; ids of several rows."""
-    rows, vocab, size, k = shape
-    hidden = torch.randn(rows, size + 3).to(dtype)[:, :size]
-    weight = torch.randn(vocab + 2, size).t().contiguous().t().to(dtype)
-    ids, logprobs = torch.rand(rows, vocab).argsort(1)[:, :k], torch.full((rows, k), -4.0)
-    counted = torch.rand(rows) < 0.7
-    counted[0] = True
-    ids[~counted], logprobs[~counted] = -7, torch.nan  # nobody looks
-    if vocab > 1:
-        weight[int(ids[0, 0]), 0] = -torch.inf
-        hidden[:, 0] = hidden[:, 0].abs() + 0.1
-    upstream, found = torch.randn(rows, k), []
-    upstream[(ids == ids[0, 0]) & counted[:, None]] = 0.25
-    for working in (dtype, torch.float64, torch.float32):
-        h, w = (x.detach().to(working).requires_grad_() for x in (hidden, weight))
-        if working == dtype:
-            z = candidate_logits(h, w, ids, logprobs, counted, vocab)
-            assert not z[~counted].any()
-        else:
-            z = (h.unsqueeze(1) * w[ids.clamp(0)]).sum(-1).masked_fill(~counted[:, None], 0.0)
-        z.backward(upstream)
-        assert h.grad is not None and w.grad is not None
-        found.append((z.detach().double(), h.grad.double(), w.grad.double()))
-    for i, (got, exact, dense) in enumerate(zip(*found, strict=True)):
-        fine = torch.isfinite(exact)
-        torch.testing.assert_close(got[~fine], exact[~fine], rtol=0, atol=0, equal_nan=True)
-        eps = torch.finfo(torch.float32 if i == 0 else dtype).eps
-        got, exact, dense = got[fine], exact[fine], dense[fine]
-        assert_close(got, exact, dense, GRADIENTS if i else VALUES, 2 * eps)
-
-
-def test_a_wrong_candidate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, counted = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([True, False])
-    logprobs = torch.full((2, 1), -1.0)
-    with pytest.raises(ValueError, match=r"teacher.ids: expected token ids in \[0, 8\)"):
-        candidate_logits(hidden, weight, torch.tensor([[8], [0]]), logprobs, counted, 8)
-    found = candidate_logits(hidden, weight, torch.tensor([[7], [8]]), logprobs, counted, 8)
-    torch.testing.assert_close(found[0, 0], hidden[0] @ weight[7])
-    assert found[1, 0] == 0
-    monkeypatch.setattr(candidates, "capturing", lambda *_: True)  # nobody can be told
-    for ids in (torch.tensor([[8], [0]]), torch.tensor([[-1], [0]])):
-        assert candidate_logits(hidden, weight, ids, logprobs, counted, 8).isnan().all()

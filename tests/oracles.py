@@ -307,3 +307,9 @@ def assert_all_accurate(
             continue
         k = GRADIENTS if i else VALUES
         assert_accurate(a, b, c.reshape(a.shape), k=k, dtype=dtype, what=names[i])
+
+
+def assert_by_norm(got: Tensor, exact: Tensor, dense: Tensor, k: int, least: float) -> None:
+    """The accuracy rule for a tensor: k times the dense error, or ``least`` of its size."""
+    room = max((dense - exact).norm(), least * exact.norm())
+    assert (got - exact).norm() <= k * room

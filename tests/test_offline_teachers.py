@@ -84,5 +84,5 @@ def test_candidate_op_passes_opcheck() -> None:
     student = trainable(head(6, 8, 70))
     ids = torch.stack([torch.randperm(70)[:3] for _ in range(6)])
     counted = torch.tensor([True, False, True, True, True, False])
-    arguments = (student.hidden, student.weight, ids, torch.full((6, 3), -2.0), counted, 70)
+    arguments = (student.hidden, student.weight, ids, torch.full((6, 3), -2.0), counted, 70, "")
     torch.library.opcheck(candidate_logits, arguments)

@@ -64,7 +64,10 @@ def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     found = subprocess.run(
-        [*command, str(HERE / "interpreted_fused.py"), str(HERE / "interpreted_filter.py")],
+        [
+            *command,
+            *(str(HERE / f"interpreted_{part}.py") for part in ("fused", "filter", "tokens")),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

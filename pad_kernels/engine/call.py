@@ -100,6 +100,11 @@ class Call:
                     "one that does",
                 )
 
+    @property
+    def backend(self) -> str:
+        """The one that the caller named; empty for any."""
+        return self._request.backend or ""
+
     def gemm(self, device: str) -> torch.dtype:
         """Dtype of the products' operands on a type of device."""
         return gemm_dtype(self._mixed, device)

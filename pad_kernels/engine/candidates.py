@@ -24,10 +24,12 @@ def _blocks(hidden: Tensor, ids: Tensor, live: Tensor) -> Iterator[Tensor]:
     yield from live.split(max(_BLOCK // max(row, 1), 1)) if live.numel() else ()
 
 
-def _kernels(hidden: Tensor) -> ModuleType | None:
+def _kernels(hidden: Tensor, backend: str) -> ModuleType | None:
     """Kernels that read the weight rows where they are, if there are any for such inputs."""
     there = hidden.is_cuda or interpreting()
-    if not there or hidden.dtype == torch.float64 or triton_error():
+    if backend not in ("", "triton") or not there:
+        return None
+    if hidden.dtype == torch.float64 or triton_error():
         return None
     from pad_kernels.backends.triton import gather
 
@@ -48,7 +50,13 @@ def _checked(teacher: Mapping[str, Tensor], counted: Tensor, vocab: int) -> Tens
 
 @torch.library.custom_op("pad_kernels::candidate_logits", mutates_args=())
 def candidate_logits(
-    hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor, counted: Tensor, vocab: int
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    counted: Tensor,
+    vocab: int,
+    backend: str,
 ) -> Tensor:
     """Raw products [N, k] of hidden [N, H] with the rows ``ids`` [N, k] of weight [V, H].
 
@@ -59,7 +67,7 @@ def candidate_logits(
     broken = _checked({"teacher_ids": ids, "teacher_logprobs": logprobs}, counted, vocab)
     ids = ids.contiguous()
     out = hidden.new_zeros(ids.shape, dtype=dtype)
-    if (kernels := _kernels(hidden)) is not None:
+    if (kernels := _kernels(hidden, backend)) is not None:
         if out.numel():
             kernels.run(out, kernels.gather_logits(hidden, weight, ids, counted, out, vocab))
         return out if broken is None else out.masked_fill(broken, torch.nan)
@@ -73,7 +81,13 @@ def candidate_logits(
 
 @candidate_logits.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor, counted: Tensor, vocab: int
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    counted: Tensor,
+    vocab: int,
+    backend: str,
 ) -> Tensor:
     return hidden.new_empty(ids.shape, dtype=accumulate_dtype(hidden.dtype))
 
@@ -85,13 +99,14 @@ def candidate_logits_backward(
     weight: Tensor,
     ids: Tensor,
     counted: Tensor,
+    backend: str,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight; nothing for one that does not want any."""
     dtype = accumulate_dtype(hidden.dtype)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    if (kernels := _kernels(hidden)) is not None:
+    if (kernels := _kernels(hidden, backend)) is not None:
         d_weight = torch.zeros_like(weight) if needs_weight else hidden.new_empty(0)
         if ids.numel():
             _gather_gradients(kernels, grad, hidden, weight, ids, counted, d_hidden, d_weight)
@@ -148,6 +163,7 @@ def _(
     weight: Tensor,
     ids: Tensor,
     counted: Tensor,
+    backend: str,
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -157,15 +173,15 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, ids, _, counted, _ = inputs
+    hidden, weight, ids, _, counted, _, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, ids, counted)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    d_hidden, d_weight = candidate_logits_backward(grad, *ctx.saved_tensors, *needs)
+    d_hidden, d_weight = candidate_logits_backward(grad, *ctx.saved_tensors, ctx.backend, *needs)
     wanted = d_hidden if needs[0] else None, d_weight if needs[1] else None
-    return *wanted, None, None, None, None
+    return *wanted, None, None, None, None, None
 
 
 candidate_logits.register_autograd(_backward, setup_context=_save)

@@ -94,11 +94,11 @@ class Mixture:
         return self.add(TopKDivergence(kind, alpha, whole))
 
     def renormalized(
-        self, teacher: TopKTeacher, kind: str, alpha: float, counted: Tensor
+        self, teacher: TopKTeacher, kind: str, alpha: float, counted: Tensor, backend: str
     ) -> Tensor:
         """Divergence to a renormalised offline teacher, [N]; no pass over the vocabulary."""
         self._check_offline(teacher, "teacher")
-        return _renormalized(self.student, self._options, teacher, kind, alpha, counted)
+        return _renormalized(self.student, self._options, teacher, kind, alpha, counted, backend)
 
     def add_advantage(self, aligned: Head | TopKAdvantage, reference: Head | None) -> int:
         """Add the expected log-ratio of an aligned and a reference teacher."""
@@ -155,6 +155,7 @@ def _renormalized(
     kind: str,
     alpha: float,
     counted: Tensor,
+    backend: str,
 ) -> Tensor:
     """Divergence over a teacher's k tokens alone, both sides renormalised; [N], differentiable.
 
@@ -162,6 +163,7 @@ def _renormalized(
         student, options: the student and its checked options.
         teacher: ``tail`` is "renormalize"; its shapes are checked already.
         counted: bool [N], rows to compute; the others are 0.
+        backend: the one that the caller named, or "".
     """
     dtype = accumulate_dtype(student.hidden.dtype)
     kept = counted.unsqueeze(1)
@@ -169,7 +171,7 @@ def _renormalized(
     logprobs = torch.where(kept, _flat(teacher.logprobs), 0.0)
     hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
     size = student.weight.shape[0] if student.vocab_size is None else student.vocab_size
-    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, size)
+    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, size, backend)
     if student.bias is not None:
         raw = raw + student.bias.to(dtype)[ids]
     logits = options.transform(raw)
