@@ -19,6 +19,7 @@ import random_heads
 import test_distill
 import test_divergence as divergences
 import test_functionals as functionals
+import test_offline_teachers as offline
 import test_parity as parity
 import torch
 from parity_cases import Route, case
@@ -40,7 +41,8 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
+# float16 is multiplied as on a GPU.
+pytestmark = pytest.mark.usefixtures("poisoned", "one_thread", "multiply_float16")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLANS = {
@@ -54,10 +56,6 @@ PLANS = {
 #: What is compared with what.
 BACKENDS = ("torch_blocked", "triton")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-
-
-# float16 is multiplied as on a GPU.
-pytestmark = pytest.mark.usefixtures("multiply_float16")
 
 
 # --- whole ops: every functional, mixtures, schedules ---
@@ -130,24 +128,12 @@ def test_equal_models(functional: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("likely", [True, False], ids=["likely", "unlikely"])
 @every_dtype
-def test_offline_teachers(dtype: torch.dtype) -> None:
-    """A tail bucket and a renormalised teacher, against the float64 backend."""
-    torch.manual_seed(3)
-    student = random_heads.head(9, 16, 507, dtype, temperature=0.8)
-    ids = torch.rand(9, 507).argsort(1)[:, :11]
-    logprobs = torch.randn(9, 507).log_softmax(1)[:, :11].clone()
-    for tail, kind in itertools.product(("bucket", "renormalize"), ("forward_kl", "jsd")):
-        found = {}
-        for plan in ("late:triton", "late:reference", "late:torch_blocked"):
-            s = random_heads.trainable(student)
-            teacher = pk.TopKTeacher(ids, logprobs, tail)
-            value = pk.linear_divergence(s, teacher, kind=kind, reduction="none", plan=plan)
-            found[plan] = [value.detach(), *random_heads.gradients(value.sum(), s)]
-        eps = torch.finfo(dtype).eps
-        for ours, exact, careful in zip(*found.values(), strict=True):
-            floor = max(eps * float(exact.norm()), float((careful - exact).norm()))
-            assert float((ours - exact).norm()) <= 3 * floor
+def test_offline_teachers(tail: str, likely: bool, dtype: torch.dtype) -> None:
+    kind = "forward_kl" if likely else "jsd"
+    offline.check_accuracy(kind, tail, likely, dtype, "late:triton")
 
 
 @pytest.mark.parametrize("schedule", ["early", "kept"])

@@ -125,9 +125,11 @@ def between(kind: str, alpha: float, zs: Tensor, zt: Tensor) -> Tensor:
 
 
 def topk_divergence(f: Any, z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-    """Over k + 1 outcomes; the student's tail by logsumexp over everything not kept."""
+    """Over k + 1 outcomes; the student's tail is what is left of 1, or a sum if that is little."""
     student = F.log_softmax(z, -1)
-    tail = torch.logsumexp(student.scatter(1, ids, -torch.inf), -1, keepdim=True)
+    mass = student.gather(1, ids).exp().sum(1, keepdim=True)
+    rest = torch.logsumexp(student.scatter(1, ids, -torch.inf), -1, keepdim=True)
+    tail = torch.where(mass < 0.5, torch.log1p(-mass.clamp(max=0.5)), rest)
     # What is left of 1 has as many digits as the inputs allow.
     rest = (1 - logprobs.double().exp().sum(1, keepdim=True)).clamp(min=0)
     teacher = torch.cat((logprobs.to(z.dtype), rest.log().to(z.dtype)), 1)

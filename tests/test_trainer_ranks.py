@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TWO_RANKS = """
-import sys
+import os, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 import torch
@@ -40,7 +40,10 @@ if trainer.accelerator.is_main_process:
     logs = [t.logged(trainer, "loss"), t.logged(trainer, "sft")]
     logs += [t.logged(kto, "loss"), t.logged(kto, "kl")]
     torch.save((trainer.model.state_dict(), *logs, found), {result!r})
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# Threads that gloo or Arrow left running can abort an interpreter that shuts down.
+os._exit(0)
 """
 
 

@@ -49,6 +49,10 @@ class TopKDivergence(Functional):
         tail_max, tail_sum = stats[Tail(_IDS)]
         tail_s = stats.logprobs(0, finite_or_zero(tail_max).unsqueeze(-1)).squeeze(-1)
         tail_s = tail_s + tail_sum.log()
+        # A large tail is what the k tokens leave of 1: the log of a ratio near 1 of two sums would
+        # be their rounding. A small one is its own sum.
+        mass = kept_s.exp().sum(0)
+        tail_s = torch.where(mass < 0.5, torch.log1p(-mass), tail_s)
         kept_t = stats.inputs[_LOGPROBS].t().to(kept_s.dtype)
         # Kept mass above 1 is rounding: the tail is then empty.
         tail_t = torch.log1p(-kept_t.exp().sum(0).clamp(max=1))
