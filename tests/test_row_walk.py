@@ -15,7 +15,14 @@ from row_pass_harness import (
 )
 from torch import Tensor
 
-KINDS = {"jsd": 0.3, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.2, "tvd": 0.5}
+KINDS = {
+    "jsd": 0.3,
+    "symmetric jsd": 0.5,
+    "skew_forward_kl": 0.1,
+    "skew_reverse_kl": 0.2,
+    "tvd": 0.5,
+    "forward_kl": 0.0,
+}
 # one entry; less than a vector; odd; more than a tile; several segments of a row
 WIDTHS = [1, 7, 507, 2051, 16500]
 # Two threads walk over groups of 16 rows from 64 rows on; the last group is not full.
@@ -36,6 +43,8 @@ def divergence(kind: str, alpha: float, a_s: Tensor, a_t: Tensor) -> Tensor:
 
     if kind == "tvd":
         return (s - t).abs().sum(-1) / 2
+    if kind == "forward_kl":
+        return kl(log_t, log_s)
     if kind == "skew_reverse_kl":
         return kl(log_s, log((1 - alpha) * t + alpha * s))
     mean = log(alpha * t + (1 - alpha) * s)
@@ -52,6 +61,8 @@ class Case:
         self.streams = make_streams(2, rows, cols, dtype, HEADS[head])
         number = torch.float64
         self.weight, self.c0, self.c1 = (torch.randn(rows, dtype=number) for _ in range(3))
+        if kind == "forward_kl":  # which has no loop that adds a constant
+            self.c0.zero_()
         self.label = torch.randint(cols, (rows, 1))
         self.sparse = torch.randn(rows, 1, dtype=number)
 
@@ -62,27 +73,43 @@ class Case:
             for s in self.streams
         ]
         rows, cols = streams[0].logits.shape
-        state = State(streams)
+        one_sweep = self.kind == "forward_kl"
+        moments = [(1, (-1.0, 1.0))] if one_sweep else []
+        state = State(streams, moments)
         value, slope = torch.zeros(2, rows, dtype=torch.float64)
+        c1 = self.c1 + self.weight if one_sweep else self.c1
+        of_teacher = -self.weight
         out = torch.full_like(streams[0].logits, NAN)
         peaks = torch.full((-(-cols // tile) if tile else 0,), NAN)
         terms = C.GradientTerms()
-        terms.c0, terms.c1 = self.c0.data_ptr(), self.c1.data_ptr()
+        terms.c1 = c1.data_ptr()
         terms.sparse, terms.sparse_values = (self.label.data_ptr(), 1), self.sparse.data_ptr()
-        terms.divergence = (self.kind, self.alpha, 1)
-        terms.divergence_weight, terms.divergence_slope = self.weight.data_ptr(), slope.data_ptr()
+        if one_sweep:
+            terms.p = [0, of_teacher.data_ptr()]
+        else:
+            terms.c0 = self.c0.data_ptr()
+            terms.divergence = (self.kind.split()[-1], self.alpha, 1)
+            terms.divergence_weight = self.weight.data_ptr()
+            terms.divergence_slope = slope.data_ptr()
         C.row_walk(
             *(state.dtype, [s.packed() for s in streams], rows, cols),
             *([m.data_ptr() for m in state.maxima], [s.data_ptr() for s in state.sums]),
-            *([], [], value.data_ptr(), out.data_ptr(), out.stride(0), terms),
+            [(w, c, m.data_ptr()) for (w, c), m in zip(moments, state.moment, strict=True)],
+            *([0] * len(moments), 0 if one_sweep else value.data_ptr()),
+            *(out.data_ptr(), out.stride(0), terms),
             *(tile, peaks.data_ptr() if tile else 0, threads),
         )
-        alone = State(self.streams)
+        alone = State(self.streams, moments)
         C.row_statistics(
             *(state.dtype, [s.packed() for s in self.streams], rows, cols, 0),
             *([m.data_ptr() for m in alone.maxima], [s.data_ptr() for s in alone.sums]),
+            [(w, c, m.data_ptr()) for (w, c), m in zip(moments, alone.moment, strict=True)],
         )
         assert state.maxima.equal(alone.maxima) and state.sums.equal(alone.sums)
+        if one_sweep:
+            assert state.moment.equal(alone.moment)
+            student, teacher = state.sums
+            value = state.moment[0] / teacher + (student / teacher).log()
         self.overwritten = not streams[1].logits.equal(self.streams[1].logits)
         return value, out, peaks
 
@@ -116,9 +143,26 @@ def test_values_and_gradient(dtype: torch.dtype, kind: str, cols: int) -> None:
     assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
 
 
+@pytest.mark.parametrize("kind", ["symmetric jsd", "skew_forward_kl", "forward_kl"])
+@pytest.mark.parametrize("slope", [30.0, -30.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tile_has_a_maximum_of_its_own(dtype: torch.dtype, slope: float, kind: str) -> None:
+    """Logits that rise, fall or vanish along the row: what is kept of a tile is scaled later."""
+    torch.manual_seed(5)
+    case = Case(kind, 64, 17000, dtype, "plain")
+    for stream in case.streams:
+        stream.logits += torch.linspace(0, slope, 17000).to(dtype)
+    value, out, _ = case.walk()
+    assert case.overwritten
+    exact, exact_gradient = case.dense(torch.float64)
+    dense, dense_gradient = case.dense(torch.float32)
+    assert_as_good(value, exact, dense, 2)
+    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+
+
 @pytest.mark.parametrize("head", ["bias", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_heads_keep_no_slopes(dtype: torch.dtype, head: str) -> None:
+def test_other_heads_keep_nothing(dtype: torch.dtype, head: str) -> None:
     torch.manual_seed(1)
     case = Case("jsd", ROWS, 507, dtype, head)
     value, out, _ = case.walk()
@@ -142,10 +186,11 @@ def test_few_rows_make_one_pass_after_the_other(rows: int) -> None:
     assert_as_good(out, exact_gradient, dense_gradient, 3)
 
 
+@pytest.mark.parametrize("kind", ["jsd", "forward_kl"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype, kind: str) -> None:
     torch.manual_seed(2)
-    case = Case("jsd", ROWS, 2051, dtype, "plain")
+    case = Case(kind, ROWS, 2051, dtype, "plain")
     one, two = case.walk(threads=1), case.walk(threads=2)
     assert one[0].equal(two[0]) and one[1].equal(two[1])
 

@@ -49,6 +49,14 @@ void pair_gradient(const Z* z, const Z* other, int64_t n, T shift, T constant, T
                       exp_of(load(other[i]) - other_shift) * other_constant);
 }
 
+// The same of the exponentials that a walk kept.
+template <class O, class T>
+void kept_pair_gradient(const T* exps, const T* other, int64_t n, T constant, T other_constant,
+                        O* out) {
+  PAD_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = store<O>(exps[i] * constant + other[i] * other_constant);
+}
+
 // d of a tile of several streams: the student's share times a sum over their logits.
 template <class T>
 struct FactorRow {
@@ -153,6 +161,9 @@ struct GradientPlan {
     diverges = diverges_alone();
   }
 
+  // Whether one loop makes the gradient of several streams.
+  bool several() const { return pair || factors || diverges; }
+
   bool diverges_alone() const {
     const int teacher = args.divergence.teacher;
     if (!teacher || args.outside_value || own_share) return false;
@@ -197,20 +208,14 @@ struct GradientPlan {
 // The lists of one row.
 struct GradientCursors {
   IdsCursor sparse, outside;
-  const char* slopes;  // of a divergence, as bytes, or null
 };
 
-// The same from the slopes that the second sweep kept. `out` may be `z`.
-template <class O, class Z, class T>
-void kept_slopes_gradient(const Z* z, const char* kept, int64_t n, const DivergenceRow<T>& row,
-                          O* out) {
-  alignas(64) T slopes[kTile];
-  memcpy(slopes, kept, size_t(n) * sizeof(T));
-  const T c0 = row.c0, weight = row.weight, shift = row.outcome.shift_s;
-  const T own = row.own * row.outcome.inverse_s;
+// d of a tile from the slopes and the student's exponentials that a walk kept.
+template <class O, class T>
+void kept_divergence_gradient(const T* exps, const T* slopes, int64_t n, T c0, T weight, T own,
+                              O* out) {
   PAD_SIMD
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = store<O>(c0 + weight * slopes[i] + exp_of(load(z[i]) - shift) * own);
+  for (int64_t i = 0; i < n; ++i) out[i] = store<O>(c0 + weight * slopes[i] + exps[i] * own);
 }
 
 // What the loops over a divergence's gradient need of one row.
@@ -266,11 +271,48 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
   }
 }
 
+// d of a tile of several streams as they are stored, and of what a walk kept of them, if it did.
+template <class O, class Z, class T>
+void several_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
+                      const RowCoefficients<T>& student, const Kept<T>* kept, O* out) {
+  const GradientArgs& args = plan.args;
+  const auto logits = [&](int j) { return Rows<Z>::logits(args.stream[j], row, col); };
+  const auto scale = [&](int j) { return kept->scale(j, col, plan.at(args.maximum[j], row)); };
+  if (const int j = plan.pair) {
+    const T own = student.inverse * student.c1;
+    const T other = plan.inverse(j, row) * plan.at(args.p[j], row);
+    if (!kept)
+      return pair_gradient(logits(0), logits(j), n, student.shift, own, plan.shift(j, row), other,
+                           out);
+    return kept_pair_gradient(kept->exps(0, col), kept->exps(1, col), n, own * scale(0),
+                              other * scale(1), out);
+  }
+  if (plan.diverges) {
+    const int j = args.divergence.teacher;
+    const DivergenceRow<T> divergence = divergence_row(plan, row, student);
+    if (!kept)
+      return divergence_gradient(args.divergence.kind, logits(0), logits(j), n, divergence, out);
+    const T own = divergence.own * divergence.outcome.inverse_s * scale(0);
+    return kept_divergence_gradient(kept->exps(0, col), kept->exps(1, col), n, divergence.c0,
+                                    divergence.weight, own, out);
+  }
+  FactorRow<T> factors = {student.c0, student.c1, student.inverse, {}, {}};
+  const Z* streams[3];
+  for (int j = 0; j < plan.factors; ++j) {
+    streams[j] = logits(j);
+    factors.q[j] = plan.at(args.q[j], row);
+    factors.shift[j] = plan.shift(j, row);
+  }
+  plan.factors == 3 ? factor_gradient<3>(streams, n, factors, out)
+                    : factor_gradient<2>(streams, n, factors, out);
+}
+
 // One tile: the short way where only the student's logits matter and nothing must be added before
 // rounding, else through d in accumulator precision.
 template <class Z, class T>
 void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
-                   const RowCoefficients<T>& student, GradientCursors& cursors, Z* out) {
+                   const RowCoefficients<T>& student, GradientCursors& cursors, const Kept<T>* kept,
+                   Z* out) {
   const GradientArgs& args = plan.args;
   const StreamArgs& stream = args.stream[0];
   const Head<T>& head = plan.head[0];
@@ -282,41 +324,9 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
   alignas(64) T chain_tile[kTile];
   T* chain = head.capped ? chain_tile : nullptr;
   IdsCursor& sparse = cursors.sparse;
-  if (const int j = plan.pair) {
-    const Z* other = Rows<Z>::logits(args.stream[j], row, col);
-    const T own_part = student.inverse * student.c1, shift = plan.shift(j, row);
-    const T part = plan.inverse(j, row) * plan.at(args.p[j], row);
-    if (!sparse.below(first + n)) {
-      pair_gradient(z, other, n, student.shift, own_part, shift, part, out);
-      return;
-    }
-    pair_gradient(z, other, n, student.shift, own_part, shift, part, d);
-  } else if (const int factors = plan.factors) {
-    FactorRow<T> coefficients = {student.c0, student.c1, student.inverse, {}, {}};
-    const Z* streams[3];
-    for (int j = 0; j < factors; ++j) {
-      streams[j] = Rows<Z>::logits(args.stream[j], row, col);
-      coefficients.q[j] = plan.at(args.q[j], row);
-      coefficients.shift[j] = plan.shift(j, row);
-    }
-    const bool last = !sparse.below(first + n);
-    if (factors == 3)
-      last ? factor_gradient<3>(streams, n, coefficients, out)
-           : factor_gradient<3>(streams, n, coefficients, d);
-    else
-      last ? factor_gradient<2>(streams, n, coefficients, out)
-           : factor_gradient<2>(streams, n, coefficients, d);
-    if (last) return;
-  } else if (plan.diverges) {
-    const DivergenceArgs& divergence = args.divergence;
-    const Z* other = Rows<Z>::logits(args.stream[divergence.teacher], row, col);
-    const DivergenceRow<T> coefficients = divergence_row(plan, row, student);
-    const char* kept = cursors.slopes ? cursors.slopes + col * int64_t(sizeof(T)) : nullptr;
-    if (!sparse.below(first + n))
-      return kept ? kept_slopes_gradient(z, kept, n, coefficients, out)
-                  : divergence_gradient(divergence.kind, z, other, n, coefficients, out);
-    kept ? kept_slopes_gradient(z, kept, n, coefficients, d)
-         : divergence_gradient(divergence.kind, z, other, n, coefficients, d);
+  if (plan.several()) {
+    if (!sparse.below(first + n)) return several_gradient(plan, row, col, n, student, kept, out);
+    several_gradient(plan, row, col, n, student, kept, d);
   } else if (!plan.simple) {
     many_streams_gradient<Z, T>(plan, row, col, n, student, cursors.outside, d, chain);
   } else if (Rows<Z>::raw(stream, head)) {
@@ -339,10 +349,10 @@ void gradient_tile(const GradientPlan<Z>& plan, int64_t row, int64_t col, int64_
   store_tile(d, chain, head.slope, n, out);
 }
 
-template <class Z>
+// `kept`: what a walk kept of the row, or null.
+template <class Z, class T>
 void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, int64_t end,
-                      const char* slopes) {
-  using T = typename Accumulator<Z>::type;
+                      const Kept<T>* kept) {
   const GradientArgs& args = plan.args;
   RowCoefficients<T> student;
   student.shift = plan.shift(0, row);
@@ -351,8 +361,7 @@ void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, i
   student.c1 = plan.at(args.c1, row) + plan.at(args.p[0], row);
   student.q0 = plan.at(args.q[0], row);
   const int64_t from = args.vocab_offset + begin;
-  GradientCursors cursors{IdsCursor(args.sparse, row, from), IdsCursor(args.outside, row, from),
-                          slopes};
+  GradientCursors cursors{IdsCursor(args.sparse, row, from), IdsCursor(args.outside, row, from)};
   Z* out = static_cast<Z*>(args.out) + row * args.out_ld;
   for (int64_t col = begin; col < end;) {
     int64_t n = smaller(kTile, end - col);
@@ -361,7 +370,7 @@ void segment_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t begin, i
     for (int j = 0; j < args.streams; ++j)
       if (plan.reads(j)) prefetch_tile<false>(Rows<Z>::logits(args.stream[j], row, next), ahead);
     prefetch_tile<true>(out + next, ahead);
-    gradient_tile<Z, T>(plan, row, col, n, student, cursors, out + col);
+    gradient_tile<Z, T>(plan, row, col, n, student, cursors, kept, out + col);
     if (args.tile_absmax)
       raise_to(args.tile_absmax + col / args.tile, tile_magnitude(out + col, n));
     col += n;
@@ -375,6 +384,7 @@ inline void forget_magnitudes(const GradientArgs& args) {
 
 template <class Z>
 void gradient(const GradientArgs& args) {
+  using T = typename Accumulator<Z>::type;
   const GradientPlan<Z> plan(args);
   forget_magnitudes(args);
   const int64_t width = segment_width(args.cols);
@@ -383,7 +393,8 @@ void gradient(const GradientArgs& args) {
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t begin = item % segments * width;
-    segment_gradient(plan, item / segments, begin, smaller(args.cols, begin + width), nullptr);
+    segment_gradient<Z, T>(plan, item / segments, begin, smaller(args.cols, begin + width),
+                           nullptr);
   }
 }
 

@@ -26,36 +26,67 @@ struct OutcomeSums {
   }
 };
 
-template <DivergenceKind kKind, class A, class T>
-T chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
-                 T* slope_out, T* slopes) {
+// A formula of outcome_of as a type, and the one of a kind and alpha handed to a function.
+template <DivergenceKind kKind, bool kHalf = false>
+struct Formula {
+  template <class T>
+  static PAD_HD Outcome<T> of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
+    return outcome_of<kKind, kHalf>(a_s, a_t, row, alpha);
+  }
+  // With the exponentials, which the row's inverses make probabilities.
+  template <class T>
+  static PAD_HD Outcome<T> given(T a_s, T a_t, T exp_s, T exp_t, const OutcomeRow<T>& row,
+                                 T alpha) {
+    const T s = exp_s * row.inverse_s, t = exp_t * row.inverse_t;
+    return outcome_from<kKind, kHalf>(a_s - row.shift_s, a_t - row.shift_t, row, alpha,
+                                      [&](bool leads) { return leads ? t : s; });
+  }
+};
+template <class T, class Use>
+auto by_formula(DivergenceKind kind, T alpha, Use use) {
+  switch (kind) {
+    case DivergenceKind::jsd:
+      return alpha == T(0.5) ? use(Formula<DivergenceKind::jsd, true>())
+                             : use(Formula<DivergenceKind::jsd>());
+    case DivergenceKind::skew_forward_kl:
+      return use(Formula<DivergenceKind::skew_forward_kl>());
+    case DivergenceKind::skew_reverse_kl:
+      return use(Formula<DivergenceKind::skew_reverse_kl>());
+    default:
+      return use(Formula<DivergenceKind::tvd>());
+  }
+}
+
+template <class Formula, class A, class T>
+void chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
+                    OutcomeSums* sums) {
   const OutcomeRow<T> row = constants;
   T value = 0, slope = 0;
   PAD_SIMD_SUM(value, slope)
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = outcome_of<kKind>(load(a_s[i]), load(a_t[i]), row, alpha);
+    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row, alpha);
     value += found.value;
     slope += found.slope;
-    slopes[i] = found.slope;
   }
-  *slope_out = slope;
-  return value;
+  sums->value += value;
+  sums->slope += slope;
 }
-// `kept`: where the tile's slopes go as bytes, or null. They may overwrite the teacher's logits of
-// what lies before them and, as a chunk is read before it is written, of the chunk itself.
-template <DivergenceKind kKind, class A, class T>
-OutcomeSums tile_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& row, T alpha,
-                          char* kept) {
-  OutcomeSums sums;
-  alignas(64) T slopes[kChunk];
-  sums.value = over_chunks(n, [&](int64_t i, int64_t m) {
-    T slope;
-    const T value = chunk_outcomes<kKind>(a_s + i, a_t + i, m, row, alpha, &slope, slopes);
-    if (kept) memcpy(kept + i * int64_t(sizeof(T)), slopes, size_t(m) * sizeof(T));
-    sums.slope += slope;
-    return value;
-  });
-  return sums;
+// The same given the exponentials. The slopes take the place of the teacher's.
+template <class Formula, class A, class T>
+void chunk_kept_outcomes(const A* a_s, const A* a_t, const T* exps_s, T* exps_t, int64_t n,
+                         const OutcomeRow<T>& constants, T alpha, OutcomeSums* sums) {
+  const OutcomeRow<T> row = constants;
+  T value = 0, slope = 0;
+  PAD_SIMD_SUM(value, slope)
+  for (int64_t i = 0; i < n; ++i) {
+    const Outcome<T> found =
+        Formula::given(load(a_s[i]), load(a_t[i]), exps_s[i], exps_t[i], row, alpha);
+    value += found.value;
+    slope += found.slope;
+    exps_t[i] = found.slope;
+  }
+  sums->value += value;
+  sums->slope += slope;
 }
 
 // The coefficients of one row's gradient of a divergence: d = c0 + weight * slope + s * own.
@@ -66,52 +97,45 @@ struct DivergenceRow {
 };
 
 // d of a tile from a divergence. `out` may be `a_s`.
-template <DivergenceKind kKind, class O, class A, class T>
+template <class Formula, class O, class A, class T>
 void divergence_loop(const A* a_s, const A* a_t, int64_t n, const DivergenceRow<T>& coefficients,
                      O* out) {
   const DivergenceRow<T> row = coefficients;
   PAD_SIMD
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = outcome_of<kKind>(load(a_s[i]), load(a_t[i]), row.outcome, row.alpha);
+    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row.outcome, row.alpha);
     out[i] = store<O>(row.c0 + row.weight * found.slope + found.s * row.own);
   }
 }
 template <class O, class A, class T>
 void divergence_gradient(DivergenceKind kind, const A* a_s, const A* a_t, int64_t n,
                          const DivergenceRow<T>& row, O* out) {
-  switch (kind) {
-    case DivergenceKind::jsd:
-      return divergence_loop<DivergenceKind::jsd>(a_s, a_t, n, row, out);
-    case DivergenceKind::skew_forward_kl:
-      return divergence_loop<DivergenceKind::skew_forward_kl>(a_s, a_t, n, row, out);
-    case DivergenceKind::skew_reverse_kl:
-      return divergence_loop<DivergenceKind::skew_reverse_kl>(a_s, a_t, n, row, out);
-    case DivergenceKind::tvd:
-      return divergence_loop<DivergenceKind::tvd>(a_s, a_t, n, row, out);
-  }
+  by_formula(kind, row.alpha,
+             [&](auto formula) { divergence_loop<decltype(formula)>(a_s, a_t, n, row, out); });
 }
 
+// Sums over a tile. Of `kept`, if given, it has the exponentials from `col` on.
 template <class A, class T>
 OutcomeSums outcomes_of(DivergenceKind kind, const A* a_s, const A* a_t, int64_t n,
-                        const OutcomeRow<T>& row, T alpha, char* kept) {
-  switch (kind) {
-    case DivergenceKind::jsd:
-      return tile_outcomes<DivergenceKind::jsd>(a_s, a_t, n, row, alpha, kept);
-    case DivergenceKind::skew_forward_kl:
-      return tile_outcomes<DivergenceKind::skew_forward_kl>(a_s, a_t, n, row, alpha, kept);
-    case DivergenceKind::skew_reverse_kl:
-      return tile_outcomes<DivergenceKind::skew_reverse_kl>(a_s, a_t, n, row, alpha, kept);
-    case DivergenceKind::tvd:
-      return tile_outcomes<DivergenceKind::tvd>(a_s, a_t, n, row, alpha, kept);
-  }
-  return {};
+                        const OutcomeRow<T>& row, T alpha, Kept<T>* kept, int64_t col) {
+  OutcomeSums sums;
+  by_formula(kind, alpha, [&](auto formula) {
+    using F = decltype(formula);
+    for (int64_t i = 0; i < n; i += kChunk) {
+      const int64_t m = smaller(kChunk, n - i);
+      if (kept)
+        chunk_kept_outcomes<F>(a_s + i, a_t + i, kept->exps(0, col + i), kept->exps(1, col + i), m,
+                               row, alpha, &sums);
+      else
+        chunk_outcomes<F>(a_s + i, a_t + i, m, row, alpha, &sums);
+    }
+  });
+  return sums;
 }
 
-template <class Z>
-OutcomeSums segment_outcomes(const OutcomeArgs& args,
-                             const Head<typename Accumulator<Z>::type>* head, int64_t row,
-                             int64_t begin, int64_t end, char* kept) {
-  using T = typename Accumulator<Z>::type;
+template <class Z, class T>
+OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<T>* head, int64_t row,
+                             int64_t begin, int64_t end, Kept<T>* kept) {
   const DivergenceArgs& divergence = args.divergence;
   const int stream[2] = {0, divergence.teacher};
   const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, divergence.teacher, row);
@@ -124,18 +148,21 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args,
     prefetch_streams<Z>(args, row, col + n, smaller(kTile, end - col - n));
     const Z* z[2];
     for (int k = 0; k < 2; ++k) z[k] = Rows<Z>::logits(args.stream[stream[k]], row, col);
-    OutcomeSums tile;
     if (raw) {
-      char* at = kept ? kept + col * int64_t(sizeof(T)) : nullptr;
-      tile = outcomes_of(divergence.kind, z[0], z[1], n, constants, alpha, at);
-    } else {
-      alignas(64) T a[2][kTile];
-      for (int k = 0; k < 2; ++k)
-        transform_tile<T, Z>(z[k], Rows<Z>::bias(args.stream[stream[k]], col), head[stream[k]], n,
-                             a[k], nullptr);
-      tile = outcomes_of<T, T>(divergence.kind, a[0], a[1], n, constants, alpha, nullptr);
+      OutcomeRow<T> tile = constants;
+      if (kept) {
+        tile.inverse_s *= kept->scale(0, col, T(args.maximum[0][row]));
+        tile.inverse_t *= kept->scale(1, col, T(args.maximum[1][row]));
+      }
+      total.add(outcomes_of(divergence.kind, z[0], z[1], n, tile, alpha, kept, col));
+      continue;
     }
-    total.add(tile);
+    alignas(64) T a[2][kTile];
+    for (int k = 0; k < 2; ++k)
+      transform_tile<T, Z>(z[k], Rows<Z>::bias(args.stream[stream[k]], col), head[stream[k]], n,
+                           a[k], nullptr);
+    Kept<T>* none = nullptr;
+    total.add(outcomes_of(divergence.kind, a[0], a[1], n, constants, alpha, none, col));
   }
   return total;
 }
@@ -148,7 +175,7 @@ void outcomes(const OutcomeArgs& args) {
   over_rows<OutcomeSums>(
       args,
       [&](int64_t row, int64_t begin, int64_t end) {
-        return segment_outcomes<Z>(args, head, row, begin, end, nullptr);
+        return segment_outcomes<Z, T>(args, head, row, begin, end, nullptr);
       },
       [](OutcomeSums& into, const OutcomeSums& other) { into.add(other); },
       [&](int64_t row, const OutcomeSums& whole) {

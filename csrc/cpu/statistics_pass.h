@@ -2,6 +2,7 @@
 // instruction set.
 #pragma once
 
+#include "kept.h"
 #include "row_pass.h"
 #include "tile_loops.h"
 
@@ -179,17 +180,19 @@ int streams_of_one_loop(const StatisticsPlan<Z>& plan) {
   return args.streams == 3 && under_first ? 3 : 0;
 }
 
-template <class Z>
-void pair_tile(const StatisticsPlan<Z>& plan, const Z* const* z,
-               const typename Accumulator<Z>::type* shift, int64_t n, RowState<double>& tile) {
+template <bool kKeep, class Z, class T>
+void pair_tile(const StatisticsPlan<Z>& plan, const Z* const* z, const T* shift, int64_t n,
+               T* const* exps, RowState<double>& tile) {
   if (!plan.args.moments) {
-    const PairSums sums = tile_pair<false>(z[0], z[1], n, shift[0], shift[1]);
+    const PairSums sums =
+        tile_pair<false, kKeep>(z[0], z[1], n, shift[0], shift[1], exps[0], exps[1]);
     tile.sum[0] = sums.own;
     tile.sum[1] = refined_sum(sums.other, sums.own, sums.over);
     return;
   }
   const int own = plan.moment[0].over, other = plan.moment[0].under;
-  const PairSums sums = tile_pair<true>(z[own], z[other], n, shift[own], shift[other]);
+  const PairSums sums =
+      tile_pair<true, kKeep>(z[own], z[other], n, shift[own], shift[other], exps[own], exps[other]);
   const double gap = sums.over < 0 ? -sums.over : sums.over;
   const bool alike = gap < 0.25 * sums.own;
   tile.sum[own] = sums.own;
@@ -198,20 +201,23 @@ void pair_tile(const StatisticsPlan<Z>& plan, const Z* const* z,
 }
 
 // A tile of all streams in one loop over logits as they are stored.
-template <class Z>
+template <class Z, class T>
 void one_loop_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, int64_t n,
-                   const RowState<double>& so_far, RowState<double>& tile) {
-  using T = typename Accumulator<Z>::type;
+                   const RowState<double>& so_far, Kept<T>* kept, RowState<double>& tile) {
   const StatisticsArgs& args = plan.args;
   const Z* z[3];
   T shift[3];
+  T* exps[2] = {};
   for (int j = 0; j < args.streams; ++j) {
     z[j] = Rows<Z>::logits(args.stream[j], row, col);
     const T maximum = larger(T(so_far.maximum[j]), tile_maximum(z[j], n));
     tile.maximum[j] = maximum;
     shift[j] = shift_of(maximum);
+    if (kept) exps[j] = kept->start(j, col, n, maximum);
   }
-  if (args.streams == 2) return pair_tile(plan, z, shift, n, tile);
+  if (args.streams == 2)
+    return kept ? pair_tile<true>(plan, z, shift, n, exps, tile)
+                : pair_tile<false>(plan, z, shift, n, exps, tile);
   const int over = plan.moment[0].over, under = plan.moment[0].under;
   const Z* ordered_z[3] = {z[0], z[over], z[under]};
   const T ordered_shift[3] = {shift[0], shift[over], shift[under]};
@@ -255,10 +261,11 @@ void many_streams_tile(const StatisticsPlan<Z>& plan, int64_t row, int64_t col, 
   if (args.tail_sum) tail_of_tile(a[0], n, first, tail, so_far.tail, found.tail);
 }
 
-// The state of columns [begin, end) of one row. Tile sums are float, their sum is double.
-template <class Z>
-Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t begin, int64_t end) {
-  using T = typename Accumulator<Z>::type;
+// The state of columns [begin, end) of one row. Tile sums are float, their sum is double. `kept`
+// takes the exponentials of two streams that one loop reads, or is null.
+template <class Z, class T>
+Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t begin, int64_t end,
+                           Kept<T>* kept) {
   const StatisticsArgs& args = plan.args;
   const StreamArgs& stream = args.stream[0];
   const bool many = args.streams > 1 || args.tail_sum;
@@ -276,7 +283,7 @@ Summary segment_statistics(const StatisticsPlan<Z>& plan, int64_t row, int64_t b
     if (raw) {
       one_stream_tile(plan, z, n, first, state.whole, tile.whole);
     } else if (one_loop) {
-      one_loop_tile(plan, row, col, n, state.whole, tile.whole);
+      one_loop_tile(plan, row, col, n, state.whole, kept, tile.whole);
     } else if (many) {
       many_streams_tile(plan, row, col, n, tail, state, tile);
     } else {
@@ -352,7 +359,7 @@ void statistics(const StatisticsArgs& args) {
   over_rows<Summary>(
       args,
       [&](int64_t row, int64_t begin, int64_t end) {
-        return segment_statistics(plan, row, begin, end);
+        return segment_statistics<Z, typename Accumulator<Z>::type>(plan, row, begin, end, nullptr);
       },
       [&](Summary& into, const Summary& other) { plan.merge_into(into, other); },
       [&](int64_t row, const Summary& whole) { write_state(plan, row, whole); });

@@ -254,21 +254,26 @@ double tile_own_log_ratio(const T* exps, const T* rest, const T* over, T shift_o
 
 // All of the above for two streams that are read as they are stored, in one loop: the way of a
 // divergence without soft caps, where loads and stores of temporaries would take longer than the
-// arithmetic. `kRatio`: the mean log-ratio is wanted, not only the sums.
+// arithmetic. `kRatio`: the mean log-ratio is wanted, not only the sums. `kKeep`: the exponentials
+// are, too.
 struct PairSums {
   double own = 0, other = 0;  // sums of exponentials
   double over = 0;            // other - own, added up by itself
   double ratio = 0;           // sum exp(x_own) (x_own - x_other)
   double balanced = 0;        // ratio + over, every summand positive
 };
-template <bool kRatio, class Z, class T>
+template <bool kRatio, bool kKeep, class Z, class T>
 void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T other_shift,
-                PairSums* sums) {
+                T* own_exps, T* other_exps, PairSums* sums) {
   T own = 0, other = 0, over = 0, ratio = 0, balanced = 0;
   PAD_SIMD_SUM(own, other, over, ratio, balanced)
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(own_z[i]) - own_shift, y = load(other_z[i]) - other_shift;
     const T e = exp_below(x), f = exp_below(y);
+    if (kKeep) {
+      own_exps[i] = e;
+      other_exps[i] = f;
+    }
     const T more = f - e;
     own += e;
     other += f;
@@ -285,11 +290,14 @@ void chunk_pair(const Z* own_z, const Z* other_z, int64_t n, T own_shift, T othe
   sums->ratio += ratio;
   sums->balanced += balanced;
 }
-template <bool kRatio, class Z, class T>
-PairSums tile_pair(const Z* own, const Z* other, int64_t n, T own_shift, T other_shift) {
+template <bool kRatio, bool kKeep, class Z, class T>
+PairSums tile_pair(const Z* own, const Z* other, int64_t n, T own_shift, T other_shift, T* own_exps,
+                   T* other_exps) {
   PairSums sums;
   for (int64_t i = 0; i < n; i += kChunk)
-    chunk_pair<kRatio>(own + i, other + i, smaller(kChunk, n - i), own_shift, other_shift, &sums);
+    chunk_pair<kRatio, kKeep>(own + i, other + i, smaller(kChunk, n - i), own_shift, other_shift,
+                              kKeep ? own_exps + i : nullptr, kKeep ? other_exps + i : nullptr,
+                              &sums);
   return sums;
 }
 

@@ -29,14 +29,14 @@ inline void centre(const WalkArgs& args, int64_t row) {
     }
 }
 
-// `kept` has room for the slopes of the second sweep, or is null: then they are computed twice.
-template <class Z>
+// `kept` has room for the row's exponentials, or is null: then they are computed in every sweep.
+template <class Z, class T>
 void walk_row(const WalkArgs& args, const StatisticsPlan<Z>& first, const GradientPlan<Z>& last,
-              int64_t row, char* kept) {
+              int64_t row, Kept<T>* kept) {
   const OutcomeArgs& second = args.second;
   const Summary whole = join_segments<Summary>(
       second.cols,
-      [&](int64_t begin, int64_t end) { return segment_statistics(first, row, begin, end); },
+      [&](int64_t begin, int64_t end) { return segment_statistics(first, row, begin, end, kept); },
       [&](Summary& into, const Summary& other) { first.merge_into(into, other); });
   write_state(first, row, whole);
   centre(args, row);
@@ -53,15 +53,37 @@ void walk_row(const WalkArgs& args, const StatisticsPlan<Z>& first, const Gradie
   segment_gradient(last, row, 0, second.cols, kept);
 }
 
-// Slopes are kept where the teacher's logits were, in the precision of sums: for half precision
-// they take the row before, too, which is done with, but for the first of every few rows.
+// Rows that one thread takes together. What it keeps of the later ones lies where the teacher's
+// logits of the first ones were, which are done with.
 constexpr int64_t kWalkRows = 16;
+
+// Whether each sweep reads two streams in one loop: those keep and take exponentials.
+template <class Z>
+bool keeps(const StatisticsPlan<Z>& first, const GradientPlan<Z>& last) {
+  return streams_of_one_loop(first) == 2 && (last.pair || last.diverges) &&
+         !last.args.tile_absmax && Kept<typename Accumulator<Z>::type>::fits(last.args.cols);
+}
+
+// Memory for what is kept of a row, in the place of a stream's logits of rows before `end`.
+struct Room {
+  void* memory;
+  int64_t end;
+};
+template <class Z>
+Room room_from(const StreamArgs& stream, int64_t row, int64_t cols) {
+  using T = typename Accumulator<Z>::type;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(Rows<Z>::logits(stream, row, 0));
+  const uintptr_t aligned = (start + sizeof(T) - 1) / sizeof(T) * sizeof(T);
+  const int64_t bytes = int64_t(aligned - start) + Kept<T>::bytes(cols);
+  const int64_t stride = stream.ld * int64_t(sizeof(Z));
+  return {reinterpret_cast<void*>(aligned), row + (bytes + stride - 1) / stride};
+}
 
 template <class Z>
 void walk(const WalkArgs& args) {
   using T = typename Accumulator<Z>::type;
   const OutcomeArgs& second = args.second;
-  const int64_t rows = args.gradient.rows;
+  const int64_t rows = args.gradient.rows, cols = args.gradient.cols;
   const int threads = args.gradient.threads;
   if (rows < 2 * kWalkRows * threads) {  // each pass shares out a row's columns, too
     statistics<Z>(args.first);
@@ -72,16 +94,16 @@ void walk(const WalkArgs& args) {
   const StatisticsPlan<Z> first(args.first);
   const GradientPlan<Z> last(args.gradient);
   forget_magnitudes(args.gradient);
-  const StreamArgs& teacher = second.stream[second.divergence.teacher];
-  char* room = last.diverges ? static_cast<char*>(const_cast<void*>(teacher.logits)) : nullptr;
-  const int64_t stride = teacher.ld * int64_t(sizeof(Z));
+  const bool wanted = keeps(first, last);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t begin = 0; begin < rows; begin += kWalkRows)
-    for (int64_t row = begin; row < smaller(rows, begin + kWalkRows); ++row) {
-      const int64_t from = sizeof(T) == sizeof(Z) ? row : row - 1;
-      char* kept = room && from >= begin ? room + from * stride : nullptr;
-      walk_row(args, first, last, row, kept);
+  for (int64_t begin = 0; begin < rows; begin += kWalkRows) {
+    const int64_t end = smaller(rows, begin + kWalkRows);
+    const Room room = wanted ? room_from<Z>(args.first.stream[1], begin, cols) : Room{nullptr, end};
+    for (int64_t row = begin; row < end; ++row) {
+      Kept<T> kept(room.memory, cols);
+      walk_row<Z, T>(args, first, last, row, row < room.end ? nullptr : &kept);
     }
+  }
 }
 
 }  // namespace
