@@ -67,7 +67,7 @@ class TopKAdvantage(Functional):
 
     def _parts(self, stats: RowStats) -> tuple[Tensor, Tensor]:
         """Student's probability times log-ratio [k, rows], and its sum [rows]."""
-        probability = stats.logprobs(0, stats[Picked(_IDS)].t()).t().exp()
+        probability = stats.logprobs(0, stats[Picked(_IDS)].t().double()).t().exp()
         weighted = probability * stats.inputs[_VALUES].t().to(probability.dtype)
         return weighted, weighted.sum(0)
 

@@ -88,7 +88,7 @@ class RowStats(dict["Statistic", Tensor]):
         Less the maximum first: subtracting a large normaliser at once would round twice as coarsely
         as the logits themselves.
         """
-        numbers = finite_or_zero(self.maximum(stream)), self.total(stream).log()
+        numbers = finite_or_zero(self.maximum(stream)), self.total(stream).double().log()
         maximum, lse = (x.to(logits.dtype).unsqueeze(-1) for x in numbers)
         return logits - maximum - lse
 

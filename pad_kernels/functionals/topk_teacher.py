@@ -44,9 +44,9 @@ class TopKDivergence(Functional):
         return Normalizer(0), Picked(_IDS), Tail(_IDS)
 
     def _logprobs(self, stats: RowStats) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's log-probs of the outcomes, [k + 1, rows], the tail last."""
-        kept_s = stats.logprobs(0, stats[Picked(_IDS)].t()).t()
-        tail_max, tail_sum = stats[Tail(_IDS)]
+        """Student's and teacher's log-probs of the outcomes, [k + 1, rows], the tail last; float64."""
+        kept_s = stats.logprobs(0, stats[Picked(_IDS)].t().double()).t()
+        tail_max, tail_sum = stats[Tail(_IDS)].double()
         tail_s = stats.logprobs(0, finite_or_zero(tail_max).unsqueeze(-1)).squeeze(-1)
         tail_s = tail_s + tail_sum.log()
         # A large tail is what the k tokens leave of 1: the log of a ratio near 1 of two sums would
@@ -66,7 +66,7 @@ class TopKDivergence(Functional):
         return found.clamp(min=0).unsqueeze(0)
 
     def gradient(self, grad: Tensor, stats: RowStats) -> LogitGradient:
-        g, (student, teacher) = grad[0], (x.double() for x in self._logprobs(stats))
+        g, (student, teacher) = grad[0], self._logprobs(stats)
         slope, s = outcome(self.kind, self.alpha, student, teacher).slope, student.exp()
         by_outcome = g * (slope - s * slope.sum(0))
         return LogitGradient(
