@@ -44,7 +44,7 @@ class TopKDivergence(Functional):
         return Normalizer(0), Picked(_IDS), Tail(_IDS)
 
     def _logprobs(self, stats: RowStats) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's log-probs of the outcomes, [k + 1, rows], the tail last; float64."""
+        """Log-probs of student's and teacher's outcomes, float64 [k + 1, rows], the tail last."""
         kept_s = stats.logprobs(0, stats[Picked(_IDS)].t().double()).t()
         tail_max, tail_sum = stats[Tail(_IDS)].double()
         tail_s = stats.logprobs(0, finite_or_zero(tail_max).unsqueeze(-1)).squeeze(-1)
