@@ -26,7 +26,7 @@ from parity_cases import Route, case
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.backends.base import get_backend
+from pad_kernels.backends.base import RawBlock, get_backend
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.functionals import Divergence, LogitGradient
 from pad_kernels.functionals.statistics import (
@@ -229,7 +229,7 @@ def measured(
     stats = empty_stats(STATISTICS, rows, inputs, torch.device("cpu"))
     for begin, end in itertools.pairwise(cuts):
         chunk = {j: z[:, begin:end] for j, z in logits.items()}
-        get_backend(backend).measure(problem, stats, STATISTICS, chunk, begin)
+        get_backend(backend).measure(RawBlock(problem, stats, chunk, begin), STATISTICS)
     return stats
 
 
@@ -315,7 +315,7 @@ def outcomes(
     stats[curved.outcomes] = torch.zeros(2, len(logits[0]), dtype=torch.float64)
     for begin, end in ((0, cols // 3), (cols // 3, cols)):
         chunk = {j: z[:, begin:end] for j, z in logits.items()}
-        get_backend(backend).measure(problem, stats, [curved.outcomes], chunk, begin)
+        get_backend(backend).measure(RawBlock(problem, stats, chunk, begin), [curved.outcomes])
     return stats[curved.outcomes]
 
 
@@ -345,8 +345,8 @@ def test_gradient_of_a_chunk(in_place: bool, dtype: torch.dtype) -> None:
         chunk = {j: z[:, begin:end].clone() for j, z in logits.items()}
         room = torch.full((3, 600), torch.nan, dtype=dtype)
         out = chunk[0] if in_place else room[:, : end - begin]
-        passes = get_backend(backend)
-        peaks[backend] = passes.gradient(problem, out, chunk, begin, stats, gradient, BOUND)
+        whole = RawBlock(problem, stats, chunk, begin)
+        peaks[backend] = get_backend(backend).gradient(whole, gradient, out, BOUND)
         found[backend] = out.double()
         assert room[:, end - begin :].isnan().all()
     eps = max(torch.finfo(dtype).eps, 2e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,8 +34,36 @@ ROW_PASS_STATISTICS = (Normalizer, Moment, Total, Argmax, Tail, Outcomes)
 ROW_PASS_STREAMS = 4
 
 
+@dataclass(frozen=True)
+class RawBlock:
+    """Raw logits of some rows, before bias and head transform, over a range of the vocabulary.
+
+    Args:
+        problem: whose streams they are.
+        stats: of these rows.
+        logits: [rows, cols] for each stream that the rows use, the student's among them.
+        offset: vocabulary entry of the first column.
+    """
+
+    problem: Problem
+    stats: RowStats
+    logits: dict[int, Tensor]
+    offset: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        rows, cols = self.logits[0].shape
+        return rows, cols
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits lie."""
+        return self.logits[0].device
+
+
 class Backend(Protocol):
-    """Row passes over blocks of raw logits: a tensor [rows, cols] for each stream that rows use."""
+    """Row passes over blocks of raw logits."""
 
     def refuses(self, recipe: Recipe, device: torch.device) -> str | None:
         """Why this backend cannot do the recipe; None if it can. Never touches tensors."""
@@ -48,26 +77,12 @@ class Backend(Protocol):
         """
         ...
 
-    def measure(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        logits: dict[int, Tensor],
-        offset: int,
-    ) -> None:
-        """Merge the block at vocabulary ``offset`` into the wanted running statistics."""
+    def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
+        """Merge the block into the wanted running statistics."""
         ...
 
     def gradient(
-        self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        offset: int,
-        stats: RowStats,
-        gradient: LogitGradient,
-        bound: Tensor | None,
+        self, block: RawBlock, gradient: LogitGradient, out: Tensor, bound: Tensor | None
     ) -> Tensor | None:
         """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
 
@@ -77,18 +92,26 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HiddenRows:
+    """Some rows before their logits are made.
+
+    Args:
+        problem: whose streams they are.
+        stats: of these rows.
+        hidden: [rows, H] for each stream that the rows use, the student's among them.
+    """
+
+    problem: Problem
+    stats: RowStats
+    hidden: dict[int, Tensor]
+
+
 @runtime_checkable
 class FusedBackend(Protocol):
     """What a backend may offer besides: products and row work in one, no logits in memory."""
 
-    def fuses(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        hidden: dict[int, Tensor],
-        chunk: int,
-    ) -> bool:
+    def fuses(self, rows: HiddenRows, wanted: list[Statistic], chunk: int) -> bool:
         """Whether it does so for these statistics, and the gradient that goes with them.
 
         Both or none: a gradient has to see logits that were rounded as those of its statistics.
@@ -97,15 +120,9 @@ class FusedBackend(Protocol):
         ...
 
     def measure_products(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        hidden: dict[int, Tensor],
-        room: Tensor,
-        chunk: int,
+        self, rows: HiddenRows, wanted: list[Statistic], room: Tensor, chunk: int
     ) -> None:
-        """Fill the wanted statistics over the whole vocabulary from hidden states [rows, H].
+        """Fill the wanted statistics over the whole vocabulary.
 
         ``room`` is the plan's for ``chunk`` logits of every row and stream, to be used at will.
         """
@@ -113,16 +130,16 @@ class FusedBackend(Protocol):
 
     def differentiate_products(
         self,
-        problem: Problem,
-        out: Tensor,
-        hidden: dict[int, Tensor],
+        rows: HiddenRows,
         weights: dict[int, Tensor],
         offset: int,
-        stats: RowStats,
         gradient: LogitGradient,
+        out: Tensor,
         bound: Tensor | None,
     ) -> Tensor | None:
-        """As :meth:`Backend.gradient`, from hidden states [rows, H] and weight rows [cols, H].
+        """As :meth:`Backend.gradient`, of the vocabulary entries from ``offset``.
+
+        ``weights`` has their weight rows [cols, H] of each stream.
 
         With a filter, tiles below its bound may be left unwritten; then no bias gradient is wanted.
         """
@@ -173,15 +190,13 @@ class WalkingBackend(Protocol):
 
     def walk(
         self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        stats: RowStats,
+        block: RawBlock,
         wanted: list[Statistic],
         gradient: LogitGradient,
+        out: Tensor,
         bound: Tensor | None,
     ) -> Tensor | None:
-        """As :meth:`Backend.gradient`, after measuring both sweeps, over the whole vocabulary.
+        """As :meth:`Backend.gradient`, after measuring both sweeps of a whole vocabulary's block.
 
         The gradient's coefficients were made without these statistics. The logits are no longer
         needed: a teacher's may be overwritten, too.

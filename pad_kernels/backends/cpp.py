@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.native import Block, NativeBackend
+from pad_kernels.backends.base import RawBlock
+from pad_kernels.backends.native import NativeBackend, Passes
 from pad_kernels.backends.registry import native, native_error
-from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
-from pad_kernels.functionals.statistics import Moment, Normalizer, RowStats, Statistic
+from pad_kernels.functionals.statistics import Moment, Normalizer, Statistic
 
 
 class CppBackend(NativeBackend):
@@ -42,14 +42,12 @@ class CppBackend(NativeBackend):
 
     def walk(
         self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        stats: RowStats,
+        block: RawBlock,
         wanted: list[Statistic],
         gradient: LogitGradient,
+        out: Tensor,
         bound: Tensor | None,
     ) -> Tensor | None:
         peaks = self.peaks(out, bound)
-        Block(self, problem, stats, logits, 0).walk(wanted, gradient, out, peaks)
+        Passes(self, block).walk(wanted, gradient, out, peaks)
         return peaks

@@ -11,9 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, get_backend
+from pad_kernels.backends.base import (
+    ROW_PASS_STATISTICS,
+    RawBlock,
+    beyond_row_passes,
+    get_backend,
+)
 from pad_kernels.engine.gradients import FILTER_TILE
-from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
@@ -22,7 +26,6 @@ from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
     Normalizer,
-    RowStats,
     Statistic,
     Tail,
     Total,
@@ -68,37 +71,23 @@ class NativeBackend:
             )
         return logits
 
-    def measure(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        logits: dict[int, Tensor],
-        offset: int,
-    ) -> None:
+    def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
         if len(ours := [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]) < len(wanted):
             others = [s for s in wanted if s not in ours]
-            get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
-        block = Block(self, problem, stats, logits, offset)
+            get_backend("torch_blocked").measure(block, others)
+        passes = Passes(self, block)
         for statistic in ours:
             if isinstance(statistic, Outcomes):
-                block.outcomes(statistic)
+                passes.outcomes(statistic)
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
-            block.statistics(first)
+            passes.statistics(first)
 
     def gradient(
-        self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        offset: int,
-        stats: RowStats,
-        gradient: LogitGradient,
-        bound: Tensor | None,
+        self, block: RawBlock, gradient: LogitGradient, out: Tensor, bound: Tensor | None
     ) -> Tensor | None:
         peaks = self.peaks(out, bound)
-        Block(self, problem, stats, logits, offset).gradient(gradient, out, peaks)
+        Passes(self, block).gradient(gradient, out, peaks)
         return peaks
 
     def peaks(self, out: Tensor, bound: Tensor | None) -> Tensor | None:
@@ -109,26 +98,19 @@ class NativeBackend:
         return torch.zeros(tiles, dtype=torch.float32, device=out.device)
 
 
-class Block:
-    """One block of raw logits as a module's functions take it: pointers to all of it.
+class Passes:
+    """The passes over one block, as a module's functions take it: pointers to all of it.
 
     Whatever had to be copied is held until the block is done with.
     """
 
-    def __init__(
-        self,
-        backend: NativeBackend,
-        problem: Problem,
-        stats: RowStats,
-        logits: dict[int, Tensor],
-        offset: int,
-    ) -> None:
+    def __init__(self, backend: NativeBackend, block: RawBlock) -> None:
         self._held: list[Tensor] = []
-        self.backend, self.device = backend, logits[0].device
-        self.stats, self.offset = stats, offset
-        self.rows, self.cols = logits[0].shape
-        self.dtype = backend.dtypes[logits[0].dtype]
-        self.streams = [self._stream(problem, logits, j) for j in range(max(logits) + 1)]
+        self.backend, self.device = backend, block.device
+        self.stats, self.offset = block.stats, block.offset
+        self.rows, self.cols = block.shape
+        self.dtype = backend.dtypes[block.logits[0].dtype]
+        self.streams = [self._stream(block, j) for j in range(max(block.logits) + 1)]
         normalizers = [self._normalizer(j) for j in range(len(self.streams))]
         self.maxima = [self._pointer(n[0]) for n in normalizers]
         self.sums = [self._pointer(n[1]) for n in normalizers]
@@ -144,13 +126,15 @@ class Block:
         """The address of one double per row."""
         return self._pointer(None if tensor is None else tensor.double().contiguous())
 
-    def _stream(self, problem: Problem, logits: dict[int, Tensor], j: int) -> _Stream:
-        if j not in logits:
+    @staticmethod
+    def _stream(block: RawBlock, j: int) -> _Stream:
+        if j not in block.logits:
             return 0, 0, 0, 1.0, 0.0, 1.0
-        bias, head = problem.streams[j].bias, problem.streams[j].head
-        shifted = 0 if bias is None else bias[self.offset :].data_ptr()
+        raw, stream = block.logits[j], block.problem.streams[j]
+        shifted = 0 if stream.bias is None else stream.bias[block.offset :].data_ptr()
+        head = stream.head
         options = (head.logit_scale, head.softcap or 0.0, head.temperature)
-        return logits[j].data_ptr(), logits[j].stride(0), shifted, *options
+        return raw.data_ptr(), raw.stride(0), shifted, *options
 
     def _normalizer(self, j: int) -> Tensor:
         """(max, sum) of a stream; a scratch pair where no functional asked for one."""

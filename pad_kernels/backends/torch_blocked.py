@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pad_kernels.backends.base import RawBlock
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.planner import TORCH_TILE
 from pad_kernels.engine.problem import Problem
@@ -56,42 +57,29 @@ class TorchBackend:
             for j, tile in tiles.items()
         }
 
-    def measure(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        logits: dict[int, Tensor],
-        offset: int,
-    ) -> None:
-        for top, bottom, left, right in _tiles(*logits[0].shape):
-            rows = stats.rows(top, bottom)
-            tiles = {j: z[top:bottom, left:right] for j, z in logits.items()}
-            block = Block(self._logits(problem, tiles, offset + left), offset + left, rows.inputs)
-            fresh = measure(wanted, block, rows)
+    def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
+        for top, bottom, left, right in _tiles(*block.shape):
+            rows = block.stats.rows(top, bottom)
+            tiles = {j: z[top:bottom, left:right] for j, z in block.logits.items()}
+            shift = block.offset + left
+            a = self._logits(block.problem, tiles, shift)
+            fresh = measure(wanted, Block(a, shift, rows.inputs), rows)
             running = RowStats({s: rows[s] for s in wanted}, rows.inputs)
             for statistic, value in merge(running, fresh).items():
                 rows[statistic].copy_(value)
 
     def gradient(
-        self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        offset: int,
-        stats: RowStats,
-        gradient: LogitGradient,
-        bound: Tensor | None,
+        self, block: RawBlock, gradient: LogitGradient, out: Tensor, bound: Tensor | None
     ) -> Tensor | None:
         assert not gradient.centred, "a settled gradient is wanted"
-        cols = out.shape[1]
+        problem, cols = block.problem, out.shape[1]
         peaks = None
         if bound is not None:
             peaks = out.new_zeros(-(-cols // FILTER_TILE), dtype=torch.float32)
         for top, bottom, left, right in _tiles(*out.shape):
-            rows, part = stats.rows(top, bottom), gradient.rows(top, bottom)
-            tiles = {j: z[top:bottom, left:right] for j, z in logits.items()}
-            shift = offset + left
+            rows, part = block.stats.rows(top, bottom), gradient.rows(top, bottom)
+            tiles = {j: z[top:bottom, left:right] for j, z in block.logits.items()}
+            shift = block.offset + left
             a = self._logits(problem, tiles, shift)
             dense = _dense(Block(a, shift, rows.inputs), rows, part)
             for ids, values in part.sparse:

@@ -59,7 +59,7 @@ def row_passes(
     Statistics read the block, once for maximum and sum and once more with the mean logit that
     entropies need; the gradient of a log-prob reads it and writes in place.
     """
-    from pad_kernels.backends.base import get_backend, resolve_backend
+    from pad_kernels.backends.base import RawBlock, get_backend, resolve_backend
     from pad_kernels.engine.call import Call
     from pad_kernels.engine.problem import build_problem
     from pad_kernels.functionals import LogProb
@@ -79,16 +79,17 @@ def row_passes(
 
     def measure(wanted: list[Statistic]) -> None:
         stats = empty_stats(wanted, rows, problem.inputs, device)
-        kernels.measure(problem, stats, wanted, {0: logits}, 0)
+        kernels.measure(RawBlock(problem, stats, {0: logits}, 0), wanted)
 
     stats = empty_stats(sums, rows, problem.inputs, device)
-    kernels.measure(problem, stats, sums, {0: logits}, 0)
+    block = RawBlock(problem, stats, {0: logits}, 0)
+    kernels.measure(block, sums)
     ones = torch.ones(rows, dtype=problem.accumulate, device=device)
     wanted = LogitGradient(student=-ones, sparse=[(labels, ones[:, None])])
     out = torch.empty_like(logits)
 
     def gradient() -> None:
-        kernels.gradient(problem, out, {0: logits}, 0, stats, wanted, None)
+        kernels.gradient(block, wanted, out, None)
 
     passes: dict[str, tuple[int, Callable[[], None]]] = {
         "statistics": (1, lambda: measure(sums)),

@@ -8,7 +8,7 @@ as many rows as the plan says.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from pad_kernels.backends.base import (
     Backend,
     FilteringBackend,
     FusedBackend,
+    HiddenRows,
     LiveTiles,
+    RawBlock,
     WalkingBackend,
     get_backend,
 )
@@ -98,19 +100,13 @@ class Pass:
             for a, b, weight in pieces:
                 torch.mm(h, weight.t(), out=out[j][:, a - start : b - start])
 
-    def measure(
-        self, part: Part, stats: RowStats, logits: dict[int, Tensor], offset: int, sweep: int
-    ) -> None:
+    def measure(self, part: Part, block: RawBlock, sweep: int) -> None:
         """Merge a block of raw logits into the running statistics that the part needs."""
         wanted = [s for s in self.problem.recipe.measured(part.functionals) if s.sweep == sweep]
-        for statistic in wanted:
-            if isinstance(statistic, Picked):
-                stats[statistic] += self.picked(statistic, stats, logits[0], offset)
-        rest = [s for s in wanted if not isinstance(s, Picked)]
-        if rest:
-            self.backend.measure(self.problem, stats, rest, logits, offset)
+        if rest := self.pick(block, wanted):
+            self.backend.measure(block, rest)
 
-    def fused(self, part: Part, stats: RowStats, hidden: dict[int, Tensor]) -> FusedBackend | None:
+    def fused(self, part: Part, rows: HiddenRows) -> FusedBackend | None:
         """The backend, if it has products and row work in one for these rows."""
         backend = self.backend
         # What is gathered for an order alone could be read as it lies, as in the statistics' pass.
@@ -118,8 +114,7 @@ class Pass:
         if not isinstance(backend, FusedBackend) or copied:
             return None
         wanted = list(self.problem.recipe.measured(part.functionals))
-        fuses = backend.fuses(self.problem, stats, wanted, hidden, self.plan.vocab_block)
-        return backend if fuses else None
+        return backend if backend.fuses(rows, wanted, self.plan.vocab_block) else None
 
     def live_tiles(
         self, hidden: Tensor, dz: Tensor, peaks: Tensor | None, bound: Tensor | None
@@ -129,11 +124,21 @@ class Pass:
             return None
         return self.backend.live_tiles(self.problem, hidden, dz, peaks, bound)
 
-    def picked(self, statistic: Picked, stats: RowStats, raw: Tensor, offset: int) -> Tensor:
+    def pick(self, block: RawBlock, wanted: Iterable[Statistic]) -> list[Statistic]:
+        """Merge what is picked of a block; the wanted statistics besides."""
+        rest = []
+        for statistic in wanted:
+            if isinstance(statistic, Picked):
+                block.stats[statistic] += self._picked(statistic, block)
+            else:
+                rest.append(statistic)
+        return rest
+
+    def _picked(self, statistic: Picked, block: RawBlock) -> Tensor:
         """Logits at given ids: a gather, the same on every backend."""
-        student = self.problem.streams[0]
-        ids = stats.inputs[statistic.ids]
-        local = ids - offset
+        student, raw = self.problem.streams[0], block.logits[0]
+        ids = block.stats.inputs[statistic.ids]
+        local = ids - block.offset
         inside = (local >= 0) & (local < raw.shape[1])
         found = raw.gather(1, local.clamp(0, raw.shape[1] - 1)).to(self.problem.accumulate)
         if student.bias is not None:
@@ -188,9 +193,9 @@ def _over_tokens(
             logits = {j: kept[j, a:b] for j in part.streams}
         run.logits(run.hidden(part, a, b, room), 0, vocab, logits)
         rows = stats.rows(a, b)
-        run.measure(part, rows, logits, 0, sweep=1)
+        run.measure(part, RawBlock(run.problem, rows, logits, 0), sweep=1)
         if run.problem.recipe.sweeps == 2:
-            run.measure(part, reduce_stats(rows), logits, 0, sweep=2)
+            run.measure(part, RawBlock(run.problem, reduce_stats(rows), logits, 0), sweep=2)
 
 
 def _over_vocabulary(
@@ -202,15 +207,15 @@ def _over_vocabulary(
     for first, last in blocks(span[1] - span[0], most):
         start, stop = span[0] + first, span[0] + last
         hidden = run.hidden(part, start, stop, room)
-        rows = stats.rows(start, stop)
-        if (fused := run.fused(part, rows, hidden)) is not None:
+        rows = HiddenRows(run.problem, stats.rows(start, stop), hidden)
+        if (fused := run.fused(part, rows)) is not None:
             wanted = list(run.problem.recipe.measured(part.functionals))
-            fused.measure_products(run.problem, rows, wanted, hidden, flat, cols)
+            fused.measure_products(rows, wanted, flat, cols)
             continue
         for a, b in blocks(run.problem.recipe.vocab, cols):
             logits = run.logits_in(flat, part.streams, stop - start, b - a)
             run.logits(hidden, a, b, logits)
-            run.measure(part, rows, logits, a, sweep=1)
+            run.measure(part, RawBlock(run.problem, rows.stats, logits, a), sweep=1)
 
 
 def _values(problem: Problem, part: Part, stats: RowStats, out: Tensor) -> None:
@@ -275,37 +280,30 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
             logits = run.logits_in(room, part.streams, b - a, vocab)
             run.logits(hidden, 0, vocab, logits)
             stats = run.empty_stats(b - a, {name: x[a:b] for name, x in problem.inputs.items()})
-            peaks = _differentiate_block(run, part, stats, logits, weights[:, a:b], bound)
+            block = RawBlock(problem, stats, logits, 0)
+            peaks = _differentiate_block(run, part, block, weights[:, a:b], bound)
             _values(problem, part, stats, values[:, a:b])
             out.add_rows(run, logits[0], hidden[0], (a, b), peaks, bound)
     return values
 
 
 def _differentiate_block(
-    run: Pass,
-    part: Part,
-    stats: RowStats,
-    logits: dict[int, Tensor],
-    weights: Tensor,
-    bound: Tensor | None,
+    run: Pass, part: Part, block: RawBlock, weights: Tensor, bound: Tensor | None
 ) -> Tensor | None:
     """Statistics of a token block, and its gradient in the place of the student's logits."""
-    problem, backend = run.problem, run.backend
+    problem, backend, out = run.problem, run.backend, block.logits[0]
     functionals = [problem.recipe.functionals[i] for i in part.functionals]
     if isinstance(backend, WalkingBackend) and not any(f.looks_back for f in functionals):
-        wanted = list(problem.recipe.measured(part.functionals))
-        picked = [s for s in wanted if isinstance(s, Picked)]
-        rest = [s for s in wanted if s not in picked]
-        if backend.walks(rest):
-            for statistic in picked:
-                stats[statistic] += run.picked(statistic, stats, logits[0], 0)
-            gradient = _gradient(problem, part, weights, stats)
-            return backend.walk(problem, logits[0], logits, stats, rest, gradient, bound)
+        wanted = problem.recipe.measured(part.functionals)
+        if backend.walks([s for s in wanted if not isinstance(s, Picked)]):
+            rest = run.pick(block, wanted)
+            gradient = _gradient(problem, part, weights, block.stats)
+            return backend.walk(block, rest, gradient, out, bound)
     for sweep in range(1, problem.recipe.sweeps + 1):
-        run.measure(part, stats, logits, 0, sweep)
-        stats = reduce_stats(stats)
-    gradient = _settled_gradient(problem, part, weights, stats)
-    return backend.gradient(problem, logits[0], logits, 0, stats, gradient, bound)
+        run.measure(part, block, sweep)
+        block = replace(block, stats=reduce_stats(block.stats))
+    gradient = _settled_gradient(problem, part, weights, block.stats)
+    return backend.gradient(block, gradient, out, bound)
 
 
 def differentiate_vocabulary(
@@ -322,47 +320,47 @@ def differentiate_vocabulary(
         out: receives the gradients.
     """
     problem, plan, gemm = run.problem, run.plan, run.problem.recipe.gemm
-    rows = problem.rows
-    if rows == 0:
+    total = problem.rows
+    if total == 0:
         return
     grad = out.operand(grad)
     # Ids are places in the problem's own order.
     stats = RowStats(stats, problem.inputs)
-    held = 0 if kept is None else min(kept.shape[1], rows)
-    student = run.hidden(Part(0, rows, (0,), ()), 0, rows, rows)[0]
+    held = 0 if kept is None else min(kept.shape[1], total)
+    student = run.hidden(Part(0, total, (0,), ()), 0, total, total)[0]
     pieces = []
     for part in problem.parts:
-        hidden = run.hidden(part, part.start, part.stop, rows, inside=True)
+        hidden = run.hidden(part, part.start, part.stop, total, inside=True)
         hidden[0] = student[part.start : part.stop]
         inner = min(max(held, part.start), part.stop)
         for a, b in ((part.start, inner), (inner, part.stop)):
             if a < b:
                 of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
-                part_stats = stats.rows(a, b)
-                gradient = _settled_gradient(problem, part, grad[:, a:b], part_stats)
-                fused = None if b <= held else run.fused(part, part_stats, of_rows)
-                pieces.append(_Piece(a, b, of_rows, part_stats, gradient, fused))
-    room = run.logit_room(rows, plan.vocab_block)
+                rows = HiddenRows(problem, stats.rows(a, b), of_rows)
+                gradient = _settled_gradient(problem, part, grad[:, a:b], rows.stats)
+                fused = None if b <= held else run.fused(part, rows)
+                pieces.append(_Piece(a, b, rows, gradient, fused))
+    room = run.logit_room(total, plan.vocab_block)
     bound = filter_bound(plan, grad)
-    read = {j for piece in pieces if piece.fused is not None for j in piece.hidden}
+    read = {j for piece in pieces if piece.fused is not None for j in piece.rows.hidden}
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
-        chunk = run.logits_in(room, range(len(problem.streams)), rows, b - a)
+        chunk = run.logits_in(room, range(len(problem.streams)), total, b - a)
         weights = {j: problem.streams[j].weights(a, b, gemm, run.copies[j]) for j in read}
         peaks = []
         for piece in pieces:
-            logits = {j: chunk[j][piece.start : piece.stop] for j in piece.hidden}
-            arguments = piece.stats, piece.gradient, bound
+            rows, dz = piece.rows, chunk[0][piece.start : piece.stop]
             if piece.fused is not None:
                 found = piece.fused.differentiate_products(
-                    problem, logits[0], piece.hidden, weights, a, *arguments
+                    rows, weights, a, piece.gradient, dz, bound
                 )
             else:
-                source = logits
                 if piece.stop <= held and kept is not None:
-                    source = {j: kept[j, piece.start : piece.stop, a:b] for j in piece.hidden}
+                    logits = {j: kept[j, piece.start : piece.stop, a:b] for j in rows.hidden}
                 else:
-                    run.logits(piece.hidden, a, b, logits)
-                found = run.backend.gradient(problem, logits[0], source, a, *arguments)
+                    logits = {j: chunk[j][piece.start : piece.stop] for j in rows.hidden}
+                    run.logits(rows.hidden, a, b, logits)
+                block = RawBlock(problem, rows.stats, logits, a)
+                found = run.backend.gradient(block, piece.gradient, dz, bound)
             peaks.append((slice(piece.start, piece.stop), found))
         out.add_columns(run, chunk[0], student, (a, b), peaks, bound)
 
@@ -373,8 +371,7 @@ class _Piece:
 
     start: int
     stop: int
-    hidden: dict[int, Tensor]
-    stats: RowStats
+    rows: HiddenRows
     gradient: LogitGradient
     fused: FusedBackend | None  # makes their gradient without logits
 

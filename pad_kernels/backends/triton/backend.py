@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import ROW_PASS_STATISTICS, beyond_row_passes, get_backend
+from pad_kernels.backends.base import (
+    ROW_PASS_STATISTICS,
+    HiddenRows,
+    RawBlock,
+    beyond_row_passes,
+    get_backend,
+)
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
-from pad_kernels.backends.triton.launch import Block, Device, run, transform
+from pad_kernels.backends.triton.launch import Device, Passes, run, transform
 from pad_kernels.backends.triton.live import LiveTiles, multiplies
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
@@ -16,7 +22,7 @@ from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
-from pad_kernels.functionals.statistics import Largest, RowStats, Statistic, Tail
+from pad_kernels.functionals.statistics import Largest, Statistic, Tail
 from pad_kernels.heads import HeadOptions
 
 #: How many of a kind one pass takes.
@@ -41,85 +47,55 @@ class TritonBackend:
         run(logits, transform(head, logits))
         return logits
 
-    def measure(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        logits: dict[int, Tensor],
-        offset: int,
-    ) -> None:
+    def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
         largest = [s for s in wanted if isinstance(s, Largest) and s.k <= MOST]
         ours = [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]
         if others := [s for s in wanted if s not in ours and s not in largest]:
-            get_backend("torch_blocked").measure(problem, stats, others, logits, offset)
-        block = Block(problem, stats, logits, offset, Device.of(logits[0].device))
-        if not block.rows:
+            get_backend("torch_blocked").measure(block, others)
+        raw, passes = block.logits[0], Passes(block, Device.of(block.device))
+        if not passes.rows:
             return
         for top in largest:
-            run(logits[0], merge_largest(problem.streams[0], logits[0], offset, stats[top]))
+            student = block.problem.streams[0]
+            run(raw, merge_largest(student, raw, block.offset, block.stats[top]))
         for statistic in ours:
             if isinstance(statistic, Outcomes):
-                launch, partial = block.outcomes(statistic)
-                run(logits[0], launch)
-                stats[statistic] += partial.sum(1)
+                launch, partial = passes.outcomes(statistic)
+                run(raw, launch)
+                block.stats[statistic] += partial.sum(1)
         first: list[Statistic] = [s for s in ours if not isinstance(s, Outcomes)]
         if first:
-            run(logits[0], *block.statistics(first))
+            run(raw, *passes.statistics(first))
 
-    def fuses(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        hidden: dict[int, Tensor],
-        chunk: int,
-    ) -> bool:
-        return fusable(problem, stats, wanted, hidden, chunk) is not None
+    def fuses(self, rows: HiddenRows, wanted: list[Statistic], chunk: int) -> bool:
+        return fusable(rows, wanted, chunk) is not None
 
     def measure_products(
-        self,
-        problem: Problem,
-        stats: RowStats,
-        wanted: list[Statistic],
-        hidden: dict[int, Tensor],
-        room: Tensor,
-        chunk: int,
+        self, rows: HiddenRows, wanted: list[Statistic], room: Tensor, chunk: int
     ) -> None:
-        launches = plan_statistics(problem, stats, wanted, hidden, room, chunk)
-        run(hidden[0], *launches)
+        run(room, *plan_statistics(rows, wanted, room, chunk))
 
     def differentiate_products(
         self,
-        problem: Problem,
-        out: Tensor,
-        hidden: dict[int, Tensor],
+        rows: HiddenRows,
         weights: dict[int, Tensor],
         offset: int,
-        stats: RowStats,
         gradient: LogitGradient,
+        out: Tensor,
         bound: Tensor | None,
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
         least = None if bound is None else bound.float().reshape(1)
-        launch = plan_gradient(problem, out, hidden, weights, offset, stats, gradient, peaks, least)
-        run(out, launch)
+        run(out, plan_gradient(rows, weights, offset, gradient, out, peaks, least))
         return None if peaks is None else peaks.view(torch.float32)
 
     def gradient(
-        self,
-        problem: Problem,
-        out: Tensor,
-        logits: dict[int, Tensor],
-        offset: int,
-        stats: RowStats,
-        gradient: LogitGradient,
-        bound: Tensor | None,
+        self, block: RawBlock, gradient: LogitGradient, out: Tensor, bound: Tensor | None
     ) -> Tensor | None:
         peaks = _peaks(out, bound)
-        block = Block(problem, stats, logits, offset, Device.of(out.device))
-        if block.rows:
-            run(out, block.gradient(gradient, out, peaks))
+        passes = Passes(block, Device.of(out.device))
+        if passes.rows:
+            run(out, passes.gradient(gradient, out, peaks))
         return None if peaks is None else peaks.view(torch.float32)
 
     def live_tiles(

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pad_kernels.backends.base import HiddenRows
 from pad_kernels.backends.triton import autotune
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
@@ -109,7 +110,7 @@ class Operands:
     heads: list[HeadOptions]
 
     @staticmethod
-    def of(problem: Problem, hidden: dict[int, Tensor]) -> Operands:
+    def of(problem: Problem, hidden: Mapping[int, Tensor]) -> Operands:
         """Of the streams that ``hidden`` has."""
         used = [problem.streams[j] for j in hidden]
         return Operands(
@@ -240,13 +241,7 @@ def statistics_launches(
     return measure, merge
 
 
-def fusable(
-    problem: Problem,
-    stats: RowStats,
-    wanted: Sequence[Statistic],
-    hidden: dict[int, Tensor],
-    chunk: int,
-) -> Measured | None:
+def fusable(rows: HiddenRows, wanted: Sequence[Statistic], chunk: int) -> Measured | None:
     """What the fused kernels measure of the recipe; None if they leave it to the row passes.
 
     The answer is the same in forward and backward: a gradient must see logits that are rounded as
@@ -256,53 +251,48 @@ def fusable(
     Args:
         chunk: vocabulary entries of a block of logits in the plan; it bounds the workspace.
     """
-    measured = Measured.of(list(hidden), wanted)
-    if measured is None or not Operands.of(problem, hidden).readable:
+    measured = Measured.of(list(rows.hidden), wanted)
+    if measured is None or not Operands.of(rows.problem, rows.hidden).readable:
         return None
-    return measured if _most_splits(measured, problem, chunk) else None
+    return measured if _most_splits(measured, rows.problem.recipe, chunk) else None
 
 
-def _most_splits(measured: Measured, problem: Problem, chunk: int) -> int:
+def _most_splits(measured: Measured, recipe: Recipe, chunk: int) -> int:
     """How many splits' partial statistics take no more than ``chunk`` logits a row and stream."""
-    room = len(measured.streams) * chunk * problem.recipe.gemm.itemsize
+    room = len(measured.streams) * chunk * recipe.gemm.itemsize
     return room // (len(measured.slots) * 8)
 
 
 def plan_statistics(
-    problem: Problem,
-    stats: RowStats,
-    wanted: Sequence[Statistic],
-    hidden: dict[int, Tensor],
-    room: Tensor,
-    chunk: int,
+    rows: HiddenRows, wanted: Sequence[Statistic], room: Tensor, chunk: int
 ) -> tuple[Launch, Launch]:
-    """Launches that fill ``stats`` over the whole vocabulary.
+    """Launches that fill the rows' statistics over the whole vocabulary.
 
     Partial statistics lie in ``room``: place for ``chunk`` logits of every row and stream.
     """
-    measured = fusable(problem, stats, wanted, hidden, chunk)
+    measured = fusable(rows, wanted, chunk)
     assert measured is not None
-    operands = Operands.of(problem, hidden)
-    rows, vocab = operands.shape
-    device = Device.of(problem.device)
-    slots, most = len(measured.slots), _most_splits(measured, problem, chunk)
+    stats, operands = rows.stats, Operands.of(rows.problem, rows.hidden)
+    count, vocab = operands.shape
+    device = Device.of(rows.problem.device)
+    slots, most = len(measured.slots), _most_splits(measured, rows.problem.recipe, chunk)
 
     def splits(tiling: Tiling) -> int:
-        tiles = cdiv(rows, tiling.rows), cdiv(vocab, tiling.cols)
+        tiles = cdiv(count, tiling.rows), cdiv(vocab, tiling.cols)
         return choose_splits(*tiles, device.multiprocessors, tiling.group, most)
 
     def build(tiling: Tiling) -> tuple[Launch, Launch]:
-        bytes_of = room.view(-1).view(torch.uint8)[: splits(tiling) * slots * rows * 8]
-        partial = bytes_of.view(torch.float64).view(-1, slots, rows)
+        bytes_of = room.view(-1).view(torch.uint8)[: splits(tiling) * slots * count * 8]
+        partial = bytes_of.view(torch.float64).view(-1, slots, count)
         copies = device.capability >= 90
         return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
 
-    shipped = statistics_tiling(
-        device.capability, len(hidden), measured.extras_with(stats.inputs), plain=operands.plain
-    )
+    extras = measured.extras_with(stats.inputs)
+    streams = len(measured.streams)
+    shipped = statistics_tiling(device.capability, streams, extras, plain=operands.plain)
     tilings = autotune.candidates(device, shipped)
-    key = f"statistics/{measured.extras_with(stats.inputs)}/{operands.key}"
-    return build(autotune.choose(key, hidden[0], tilings, build))
+    key = f"statistics/{extras}/{operands.key}"
+    return build(autotune.choose(key, room, tilings, build))
 
 
 def gradient_launch(
@@ -361,27 +351,25 @@ def gradient_launch(
 
 
 def plan_gradient(
-    problem: Problem,
-    out: Tensor,
-    hidden: dict[int, Tensor],
+    rows: HiddenRows,
     weights: dict[int, Tensor],
     offset: int,
-    stats: RowStats,
     terms: LogitGradient,
+    out: Tensor,
     peaks: Tensor | None,
     bound: Tensor | None,
 ) -> Launch:
     """The launch for a block of logits, of the streams that the gradient reads."""
     used = sorted({0, *terms.moments, *terms.probabilities})
-    operands = Operands.of(problem, {j: hidden[j] for j in used})
+    operands = Operands.of(rows.problem, {j: rows.hidden[j] for j in used})
     operands = operands.cut(offset, [weights[j] for j in used])
-    device = Device.of(problem.device)
+    device = Device.of(rows.problem.device)
     plain, filtered = operands.plain, peaks is not None
-    least = bound if filters_tiles(problem.recipe) else None
+    least = bound if filters_tiles(rows.problem.recipe) else None
 
     def build(tiling: Tiling) -> Launch:
         return gradient_launch(
-            *(operands, used, tiling, stats, terms, out, offset, peaks, least),
+            *(operands, used, tiling, rows.stats, terms, out, offset, peaks, least),
             tma=device.capability >= 90,
         )
 

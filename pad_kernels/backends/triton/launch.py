@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import configs, gradient, math, statistics
 from pad_kernels.engine.gradients import FILTER_TILE
-from pad_kernels.engine.problem import Problem
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
@@ -95,47 +95,40 @@ def head_numbers(head: HeadOptions) -> tuple[float, float, float]:
     return (head.logit_scale, head.softcap or 0.0, head.temperature)
 
 
-@dataclass
-class Block:
-    """A block of raw logits [rows, cols] of some streams, at a vocabulary offset."""
+class Passes:
+    """The passes over one block of raw logits."""
 
-    problem: Problem
-    stats: RowStats
-    logits: dict[int, Tensor]
-    offset: int
-    device: Device
-    rows: int = field(init=False)
-    cols: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rows, self.cols = self.logits[0].shape
+    def __init__(self, block: RawBlock, device: Device) -> None:
+        self.block, self.stats, self.device = block, block.stats, device
+        self.rows, self.cols = block.shape
 
     def _streams(self, used: Sequence[int]) -> dict[str, Any]:
         """The arguments that describe the streams in use."""
-        biases = [self.problem.streams[j].bias for j in used]
-        stop = self.offset + self.cols
+        logits, streams = self.block.logits, self.block.problem.streams
+        start, stop = self.block.offset, self.block.offset + self.cols
+        biases = [streams[j].bias for j in used]
         return {
-            "logits": tuple(self.logits[j] for j in used),
-            "strides": tuple(self.logits[j].stride(0) for j in used),
-            "biases": tuple(None if b is None else b[self.offset : stop] for b in biases),
-            "heads": tuple(head_numbers(self.problem.streams[j].head) for j in used),
+            "logits": tuple(logits[j] for j in used),
+            "strides": tuple(logits[j].stride(0) for j in used),
+            "biases": tuple(None if b is None else b[start:stop] for b in biases),
+            "heads": tuple(head_numbers(streams[j].head) for j in used),
             "rows": self.rows,
             "cols": self.cols,
         }
 
     def _kinds(self, used: Sequence[int]) -> tuple[int, ...]:
-        return tuple(head_kind(self.problem.streams[j].head) for j in used)
+        return tuple(head_kind(self.block.problem.streams[j].head) for j in used)
 
     def _split(self, config: configs.RowConfig) -> tuple[int, int, dict[str, int]]:
         """Tiles of a program, programs of a row, and the tile's constants."""
-        itemsize = self.logits[0].element_size()
+        itemsize = self.block.logits[0].element_size()
         tile = config.tile(itemsize)
         tiles = configs.tiles_of_split(self.rows, self.cols, tile, self.device.multiprocessors)
         shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
         return tiles, -(-self.cols // (tiles * tile)), shape
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.logits[0].device)
+        return torch.empty(shape, dtype=dtype, device=self.block.device)
 
     def ids(self, name: str) -> Tensor:
         """Per-row ids, ascending."""
@@ -145,12 +138,12 @@ class Block:
         """(max, sum) of a stream; a scratch pair where no functional asked for one."""
         if (state := self.stats.get(Normalizer(j))) is not None:
             return state
-        like = torch.empty(0, dtype=torch.float64, device=self.logits[0].device)
+        like = self._empty(0, dtype=torch.float64)
         return Normalizer(j).empty(self.rows, {}, like)
 
     def statistics(self, wanted: Sequence[Statistic]) -> tuple[Launch, Launch]:
         """Launches that merge this block into first-sweep statistics."""
-        used = sorted(self.logits)
+        used = sorted(self.block.logits)
         moments = [s for s in wanted if isinstance(s, Moment)]
         tails = [s for s in wanted if isinstance(s, Tail)]
         total = tuple(self.stats[s][0] for s in wanted if isinstance(s, Total))
@@ -165,9 +158,9 @@ class Block:
             "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
             "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
             "rows": self.rows,
-            "offset": self.offset,
+            "offset": self.block.offset,
         }
-        padded = [[*m.coefficients, *[0.0] * len(self.problem.streams)] for m in moments]
+        padded = [[*m.coefficients, *[0.0] * (max(used) + 1)] for m in moments]
         constants = {
             "WEIGHTS": tuple(used.index(m.stream) for m in moments),
             "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in used),
@@ -268,7 +261,7 @@ class Block:
             "alpha": next((f.alpha for f, _ in curved), 0.0),
             "peaks": peaks,
             "tiles": tiles,
-            "offset": self.offset,
+            "offset": self.block.offset,
         }
         constants["FIELDS"] = columns.count
         return Launch(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pad_kernels.backends.triton.launch import Block, Device, Launch
+from pad_kernels.backends.base import RawBlock
+from pad_kernels.backends.triton.launch import Device, Launch, Passes
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.plan import PlanRequest
 from pad_kernels.engine.problem import Problem, Stream
@@ -106,16 +107,16 @@ def launches(
     problem = Problem(recipe, heads, rows, None, rows, [], inputs, weight, None)
     stats = empty_stats(recipe.measured(), rows, inputs, torch.device("meta"))
     logits = {j: torch.empty(rows, cols, dtype=dtype, device="meta") for j in range(streams)}
-    block = Block(problem, stats, logits, 0, Device(capability, 132))
+    passes = Passes(RawBlock(problem, stats, logits, 0), Device(capability, 132))
     wanted = [s for s in recipe.measured() if not isinstance(s, Picked | Outcomes)]
-    yield from block.statistics(wanted)
+    yield from passes.statistics(wanted)
     terms = LogitGradient()
     for functional in example.functionals:
         grad = torch.empty(functional.outputs(inputs), rows, device="meta")
         terms = terms + functional.gradient(grad, stats)
     for statistic in recipe.statistics:
         if isinstance(statistic, Outcomes):
-            yield block.outcomes(statistic)[0]
+            yield passes.outcomes(statistic)[0]
     tiles = [-(-size // FILTER_TILE) for size in (rows, cols)]
     peaks = torch.empty(tiles, dtype=torch.int32, device="meta")
-    yield block.gradient(terms.settled(stats), logits[0], peaks if example.filtered else None)
+    yield passes.gradient(terms.settled(stats), logits[0], peaks if example.filtered else None)
