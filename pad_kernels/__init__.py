@@ -13,7 +13,7 @@ from pad_kernels.api import (
     linear_topk,
     option_logprobs,
 )
-from pad_kernels.backends.base import available_backends
+from pad_kernels.backends.choice import available_backends
 from pad_kernels.distill import DistillOutput, linear_distill
 from pad_kernels.divergences import (
     linear_divergence,

@@ -8,9 +8,12 @@ import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 import pytest
 import torch
 from oracles import GRADIENTS, VALUES, assert_by_norm
+from torch import Tensor
 
 import pad_kernels as pk
+from pad_kernels.backends import choice
 from pad_kernels.backends.triton import topk
+from pad_kernels.backends.triton.backend import TritonBackend
 from pad_kernels.engine import candidates
 from pad_kernels.engine.candidates import candidate_logits
 from pad_kernels.engine.problem import Stream
@@ -82,7 +85,7 @@ def test_candidate_logits(dtype: torch.dtype, shape: tuple[int, int, int, int]) 
     for working in (dtype, torch.float64, torch.float32):
         h, w = (x.detach().to(working).requires_grad_() for x in (hidden, weight))
         if working == dtype:
-            z = candidate_logits(h, w, ids, logprobs, counted, vocab, "")
+            z = candidate_logits(h, w, ids, logprobs, counted, vocab, "triton")
             assert not z[~counted].any()
         else:
             z = (h.unsqueeze(1) * w[ids.clamp(0)]).sum(-1).masked_fill(~counted[:, None], 0.0)
@@ -103,13 +106,19 @@ def test_a_named_backend_does_it(
 ) -> None:
     """Forward and backward, of a divergence alone and of one beside a pass."""
     calls = []
-    kernels = candidates._kernels
 
-    def watched(*arguments: Any) -> Any:
-        calls.append(kernels(*arguments) is not None)
-        return kernels(*arguments)
+    def watch(name: str) -> None:
+        original = getattr(TritonBackend, name)
 
-    monkeypatch.setattr(candidates, "_kernels", watched)
+        def spy(*arguments: Any) -> Any:
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(TritonBackend, name, spy)
+
+    watch("gather_logits")
+    watch("gather_gradients")
+    monkeypatch.setitem(choice.PREFERRED, "cpu", choice.PREFERRED["cuda"])
     hidden, weight = torch.randn(2, 16, requires_grad=True), torch.randn(9, 16)
     teacher = pk.TopKTeacher(
         torch.tensor([[1, 2], [3, 4]]), torch.full((2, 2), -1.0), "renormalize"
@@ -120,17 +129,21 @@ def test_a_named_backend_does_it(
         student, torch.tensor([1, 2]), teacher=teacher, divergence_weight=1.0, plan=plan
     )
     both.loss.backward()
-    assert calls == [gathers] * 4
+    assert calls == ["gather_logits", "gather_gradients"] * 2 * gathers
 
 
 def test_a_wrong_candidate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, counted = torch.randn(2, 4), torch.randn(9, 4), torch.tensor([True, False])
     logprobs = torch.full((2, 1), -1.0)
+
+    def logits_of(ids: list[list[int]]) -> Tensor:
+        return candidate_logits(hidden, weight, torch.tensor(ids), logprobs, counted, 8, "triton")
+
     with pytest.raises(ValueError, match=r"teacher.ids: expected token ids in \[0, 8\)"):
-        candidate_logits(hidden, weight, torch.tensor([[8], [0]]), logprobs, counted, 8, "")
-    found = candidate_logits(hidden, weight, torch.tensor([[7], [8]]), logprobs, counted, 8, "")
+        logits_of([[8], [0]])
+    found = logits_of([[7], [8]])
     torch.testing.assert_close(found[0, 0], hidden[0] @ weight[7])
     assert found[1, 0] == 0
     monkeypatch.setattr(candidates, "capturing", lambda *_: True)  # nobody can be told
-    for ids in (torch.tensor([[8], [0]]), torch.tensor([[-1], [0]])):
-        assert candidate_logits(hidden, weight, ids, logprobs, counted, 8, "").isnan().all()
+    for ids in ([[8], [0]], [[-1], [0]]):
+        assert logits_of(ids).isnan().all()

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 # isort: split
+from pad_kernels.backends.base import GivenTokens
 from pad_kernels.backends.triton import fused, gather, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.launch import Launch
@@ -258,9 +259,10 @@ def test_gathers_compile(capability: int) -> None:
         hidden, weight = (torch.empty(n, size, dtype=torch.bfloat16) for n in (rows, vocab))
         ids, counted = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
         z, pairs = torch.empty(rows, k), torch.empty(rows * k, dtype=torch.int64)
+        given = GivenTokens(hidden, weight, ids, counted)
     for launch in (
-        gather.gather_logits(hidden, weight, ids, counted, z, vocab),
-        gather.gather_hidden(z, weight, ids, counted, hidden),
+        gather.gather_logits(given, z),
+        gather.gather_hidden(given, z, hidden),
         gather.scatter_weight(z, hidden, pairs, pairs, weight),
     ):
         cubin = compiled(launch, capability)

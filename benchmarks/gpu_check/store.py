@@ -28,7 +28,7 @@ def circumstances(device: str) -> Record:
     """The machine, versions and sources of a run. ``COMMIT`` names a copy without history."""
     import torch
 
-    from pad_kernels.backends.base import available_backends
+    from pad_kernels.backends.choice import available_backends
     from pad_kernels.bench.report import metadata
 
     meta = metadata(torch.device(device), torch.get_num_threads())

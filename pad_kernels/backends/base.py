@@ -1,8 +1,7 @@
-"""The contract of a backend, and the choice between them."""
+"""The contract of a backend: what it does with blocks of logits, and what it may offer besides."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -10,10 +9,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import fail_value
-from pad_kernels.backends.registry import cuda_error, native_error, triton_error
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
@@ -204,6 +202,50 @@ class WalkingBackend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GivenTokens:
+    """A few tokens of every row, whose logits are wanted and no others.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        ids: int64 [N, k], contiguous.
+        counted: bool [N]; ids of the other rows may be anything.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    counted: Tensor
+
+
+@runtime_checkable
+class GatheringBackend(Protocol):
+    """What a backend may offer besides: given tokens' logits, from their rows of the weight."""
+
+    def gathers(self, hidden: Tensor) -> bool:
+        """Whether it does so for hidden states of this dtype and device."""
+        ...
+
+    def gather_logits(self, given: GivenTokens, out: Tensor) -> None:
+        """Write the counted rows' products to ``out`` [N, k] in the accumulation dtype, zeros."""
+        ...
+
+    def gather_gradients(
+        self,
+        given: GivenTokens,
+        grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        """Write gradients, given those of the products [N, k], to ``hidden`` and ``weight``.
+
+        Both are zeros so far, and one that is not wanted is empty.
+        """
+        ...
+
+
 def beyond_row_passes(recipe: Recipe, room: Mapping[type[Statistic], int]) -> str | None:
     """Why row passes cannot do the recipe; None if they can.
 
@@ -222,67 +264,3 @@ def beyond_row_passes(recipe: Recipe, room: Mapping[type[Statistic], int]) -> st
         if sum(isinstance(s, kind) for s in recipe.statistics) > most:
             return f"a row pass has room for {most} of {kind.__name__}"
     return None
-
-
-@functools.cache
-def get_backend(name: str) -> Backend:
-    """The backend of that name."""
-    if name == "cpp":
-        from pad_kernels.backends.cpp import CppBackend
-
-        return CppBackend()
-    if name == "cuda":
-        from pad_kernels.backends.cuda import CudaBackend
-
-        return CudaBackend()
-    if name == "triton":
-        from pad_kernels.backends.triton.backend import TritonBackend
-
-        return TritonBackend()
-    from pad_kernels.backends.torch_blocked import TorchBackend
-
-    return TorchBackend()
-
-
-def available_backends() -> dict[str, str]:
-    """Every backend's name, with "available" or the reason why it is not.
-
-    Example:
-        >>> import pad_kernels as pk
-        >>> pk.available_backends()["torch_blocked"]
-        'available'
-    """
-    return {
-        "reference": "available",
-        "torch_blocked": "available",
-        "cpp": native_error() or "available",
-        "triton": triton_error() or "available",
-        "cuda": cuda_error() or "available",
-    }
-
-
-#: The backends to try on a type of device, the first that can is taken; torch_blocked always can.
-#: On a GPU Triton comes first because it also has fused statistics; where the row passes of CUDA
-#: are faster is not measured.
-PREFERRED: dict[str, tuple[str, ...]] = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
-
-
-def resolve_backend(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with its backend named: a named one never falls back, else the first that can."""
-    name = recipe.request.backend
-    if name in ("reference", "torch_blocked"):
-        return recipe
-    if name:
-        if reason := refusal(name, recipe, device):
-            fail_value("plan", "a backend that can do this", f"{name!r}, which cannot: {reason}")
-        return recipe.on(name)
-    able = (n for n in PREFERRED.get(device.type, ()) if refusal(n, recipe, device) is None)
-    return recipe.on(next(able, "torch_blocked"))
-
-
-def refusal(name: str, recipe: Recipe, device: torch.device) -> str | None:
-    """Why the backend of that name cannot do the recipe on that device; None if it can."""
-    # Its module imports triton.
-    if name == "triton" and triton_error():
-        return triton_error()
-    return get_backend(name).refuses(recipe, device)

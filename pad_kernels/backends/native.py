@@ -11,12 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import (
-    ROW_PASS_STATISTICS,
-    RawBlock,
-    beyond_row_passes,
-    get_backend,
-)
+from pad_kernels.backends.base import ROW_PASS_STATISTICS, RawBlock, beyond_row_passes
+from pad_kernels.backends.choice import get_backend
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals import Divergence

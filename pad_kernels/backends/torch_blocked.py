@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import RawBlock
+from pad_kernels.backends.base import GivenTokens, RawBlock
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.planner import TORCH_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (
     Block,
@@ -24,6 +25,9 @@ from pad_kernels.functionals.statistics import (
     merge,
 )
 from pad_kernels.heads import HeadOptions
+
+#: Bytes of gathered weight rows at a time.
+_GATHERED = 8 << 20
 
 
 def _tiles(rows: int, cols: int) -> Iterator[tuple[int, int, int, int]]:
@@ -95,6 +99,45 @@ class TorchBackend:
                     peaks[k] = torch.maximum(peaks[k], tile_max.float())
             out[top:bottom, left:right].copy_(dense)
         return peaks
+
+    def gathers(self, hidden: Tensor) -> bool:
+        return True
+
+    def gather_logits(self, given: GivenTokens, out: Tensor) -> None:
+        for rows in _row_blocks(given, out.dtype):
+            gathered = given.weight[given.ids[rows]].to(out.dtype)
+            hidden = given.hidden[rows].to(out.dtype)
+            out[rows] = torch.bmm(gathered, hidden.unsqueeze(2)).squeeze(2)
+
+    def gather_gradients(
+        self,
+        given: GivenTokens,
+        grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        dtype, total = grad.dtype, weight
+        if weight.dtype != dtype and weight.numel():
+            # A half-precision sum over rows would lose the small ones.
+            total = workspace.empty(*weight.shape, dtype=dtype).zero_()
+        for rows in _row_blocks(given, dtype):
+            g, ids = grad[rows], given.ids[rows]
+            if hidden.numel():
+                found = torch.bmm(g.unsqueeze(1), given.weight[ids].to(dtype)).squeeze(1)
+                hidden[rows] = found.to(hidden.dtype)
+            if weight.numel():
+                outer = g.unsqueeze(2) * given.hidden[rows].to(dtype).unsqueeze(1)
+                total.index_add_(0, ids.reshape(-1), outer.flatten(0, 1))
+        if total is not weight:
+            weight.copy_(total)
+
+
+def _row_blocks(given: GivenTokens, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Indices of counted rows whose rows of the weight are gathered together."""
+    live = given.counted.nonzero().squeeze(1)
+    row = given.ids.shape[1] * given.hidden.shape[1] * dtype.itemsize
+    yield from live.split(max(_GATHERED // max(row, 1), 1)) if live.numel() else ()
 
 
 def _dense(block: Block, stats: RowStats, gradient: LogitGradient) -> Tensor:

@@ -59,7 +59,8 @@ def row_passes(
     Statistics read the block, once for maximum and sum and once more with the mean logit that
     entropies need; the gradient of a log-prob reads it and writes in place.
     """
-    from pad_kernels.backends.base import RawBlock, get_backend, resolve_backend
+    from pad_kernels.backends.base import RawBlock
+    from pad_kernels.backends.choice import get_backend, resolve_backend
     from pad_kernels.engine.call import Call
     from pad_kernels.engine.problem import build_problem
     from pad_kernels.functionals import LogProb

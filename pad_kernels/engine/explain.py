@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from pad_kernels._checks import check_choice, check_flag
-from pad_kernels.backends.base import PREFERRED, resolve_backend
+from pad_kernels.backends.choice import PREFERRED, resolve_backend
 from pad_kernels.engine.call import Call
 from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends import reference
-from pad_kernels.backends.base import resolve_backend
+from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.gradients import GradientBuffers
 from pad_kernels.engine.order import ordered

@@ -21,8 +21,8 @@ from pad_kernels.backends.base import (
     LiveTiles,
     RawBlock,
     WalkingBackend,
-    get_backend,
 )
+from pad_kernels.backends.choice import get_backend
 from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, filter_bound

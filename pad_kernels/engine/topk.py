@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.backends.base import resolve_backend
+from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.problem import build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe

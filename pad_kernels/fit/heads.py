@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pad_kernels.backends.base import PREFERRED
+from pad_kernels.backends.choice import PREFERRED
 from pad_kernels.engine.devices import DEVICES
 from pad_kernels.engine.plan import Plan, PlanRequest, Shape
 from pad_kernels.engine.planner import default_budget, make_plan, smallest_budget

@@ -7,19 +7,22 @@ from torch import Tensor
 
 from pad_kernels.backends.base import (
     ROW_PASS_STATISTICS,
+    GivenTokens,
     HiddenRows,
     RawBlock,
     beyond_row_passes,
-    get_backend,
 )
+from pad_kernels.backends.choice import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
+from pad_kernels.backends.triton.gather import gather_hidden, gather_logits, scatter_weight
 from pad_kernels.backends.triton.launch import Device, Passes, run, transform
 from pad_kernels.backends.triton.live import LiveTiles, multiplies
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.gradients import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import Largest, Statistic, Tail
@@ -106,6 +109,34 @@ class TritonBackend:
         live = Live(dz, peaks, bound.float().reshape(1))
         run(dz, *live.lists())
         return live
+
+    def gathers(self, hidden: Tensor) -> bool:
+        return hidden.dtype != torch.float64 and (hidden.is_cuda or interpreting())
+
+    def gather_logits(self, given: GivenTokens, out: Tensor) -> None:
+        if out.numel():
+            run(out, gather_logits(given, out))
+
+    def gather_gradients(
+        self,
+        given: GivenTokens,
+        grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        workspace: Workspace,
+    ) -> None:
+        ids, grad = given.ids, grad.contiguous()
+        if not ids.numel():
+            return
+        if hidden.numel():
+            run(grad, gather_hidden(given, grad, hidden))
+        if weight.numel():
+            # The pairs of an id side by side: one program adds them up, no float32 sum of [V, H].
+            keys, found, order = workspace.empty(3, ids.numel(), dtype=torch.int64)
+            counted = given.counted.unsqueeze(1)
+            keys.view(ids.shape).copy_(ids).masked_fill_(~counted, weight.shape[0])
+            torch.sort(keys, stable=True, out=(found, order))
+            run(grad, scatter_weight(grad, given.hidden, found, order, weight))
 
 
 class Live(LiveTiles):

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pad_kernels.backends.triton.launch import Launch, run
-
-__all__ = ["gather_hidden", "gather_logits", "run", "scatter_weight"]
+from pad_kernels.backends.base import GivenTokens
+from pad_kernels.backends.triton.launch import Launch
 
 #: Tokens, or rows, of a step, and hidden features: 4 KiB of weight under way in half precision for
 #: every one of 8 programs and more that share a multiprocessor, contiguous pieces of 256 bytes.
@@ -126,44 +125,32 @@ def _launch(kernel: object, grid: tuple[int, int], arguments: dict[str, object])
     return Launch(kernel, grid, arguments, {"STEP": STEP, "FEATURES": FEATURES})
 
 
-def gather_logits(
-    hidden: Tensor, weight: Tensor, ids: Tensor, counted: Tensor, out: Tensor, vocab: int
-) -> Launch:
+def _given(given: GivenTokens) -> dict[str, object]:
+    """What the two gathers share."""
+    return {
+        "weight": given.weight,
+        "weight_strides": given.weight.stride(),
+        "ids": given.ids,
+        "counted": given.counted,
+        "size": given.weight.shape[1],
+        "count": given.ids.shape[1],
+        "vocab": given.weight.shape[0],
+    }
+
+
+def gather_logits(given: GivenTokens, out: Tensor) -> Launch:
     """The launch that fills the counted rows of ``out`` [N, k] float32 with raw products."""
-    arguments = {
-        "hidden": hidden,
-        "hidden_strides": hidden.stride(),
-        "weight": weight,
-        "weight_strides": weight.stride(),
-        "ids": ids,
-        "counted": counted,
-        "out": out,
-        "size": hidden.shape[1],
-        "count": ids.shape[1],
-        "vocab": vocab,
-    }
-    grid = hidden.shape[0], triton.cdiv(ids.shape[1], STEP)
-    return _launch(gather_logits_kernel, grid, arguments)
+    hidden = given.hidden
+    own = {"hidden": hidden, "hidden_strides": hidden.stride(), "out": out}
+    grid = out.shape[0], triton.cdiv(out.shape[1], STEP)
+    return _launch(gather_logits_kernel, grid, {**_given(given), **own})
 
 
-def gather_hidden(
-    grad: Tensor, weight: Tensor, ids: Tensor, counted: Tensor, out: Tensor
-) -> Launch:
+def gather_hidden(given: GivenTokens, grad: Tensor, out: Tensor) -> Launch:
     """The launch that fills the counted rows of the hidden gradient ``out`` [N, H]."""
-    arguments = {
-        "grad": grad,
-        "weight": weight,
-        "weight_strides": weight.stride(),
-        "ids": ids,
-        "counted": counted,
-        "out": out,
-        "out_strides": out.stride(),
-        "size": out.shape[1],
-        "count": ids.shape[1],
-        "vocab": weight.shape[0],
-    }
+    own = {"grad": grad, "out": out, "out_strides": out.stride()}
     grid = out.shape[0], triton.cdiv(out.shape[1], FEATURES)
-    return _launch(gather_hidden_kernel, grid, arguments)
+    return _launch(gather_hidden_kernel, grid, {**_given(given), **own})
 
 
 def scatter_weight(
