@@ -10,7 +10,7 @@ from cpu_backends import BACKENDS
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine import problem
+from pad_kernels.engine import rows
 from pad_kernels.engine.plan import PlanRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ def test_the_same_numbers(
         given["options"]["aligned"].values[ignored] = torch.inf
     expected = run(case, given, student, PlanRequest(schedule, backend))
     request = PlanRequest(schedule, backend, compact=captured)
-    monkeypatch.setattr(problem, "capturing", lambda *_: captured)
+    monkeypatch.setattr(rows, "capturing", lambda *_: captured)
     found = run(case, given, student, request)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
@@ -104,7 +104,7 @@ def test_a_wrong_input_is_nan_where_nobody_can_wait(
     hidden = student.hidden.requires_grad_()
     wrong = labels()
     wrong[0] = V
-    monkeypatch.setattr(problem, "capturing", lambda *_: True)
+    monkeypatch.setattr(rows, "capturing", lambda *_: True)
     assert pk.linear_cross_entropy(hidden, student.weight, wrong, plan=schedule).isnan()
     assert pk.linear_logprob(hidden, student.weight, wrong).isnan().all()
     wrong[0] = -100

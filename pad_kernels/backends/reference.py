@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.engine.problem import check_inputs, muted_input
+from pad_kernels.engine.inputs import check_inputs, muted_input
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
 
@@ -154,10 +154,11 @@ def _values(
     ignored = None
     if recipe.ignore_index is not None and "labels" in inputs:
         ignored = inputs["labels"][:, 0] == recipe.ignore_index
-        check_inputs(recipe, {name: x[~ignored] for name, x in inputs.items()})
+        live = {name: x[~ignored] for name, x in inputs.items()}
+        check_inputs(recipe.vocab, live, recipe.ignore_index)
         inputs = {name: muted_input(name, x, ignored, recipe.vocab) for name, x in inputs.items()}
     else:
-        check_inputs(recipe, inputs)
+        check_inputs(recipe.vocab, inputs)
     found = [ORACLES[type(f).__name__](f, logits, inputs) for f in recipe.functionals]
     values = torch.cat(found, 0)
     return (values if ignored is None else torch.where(ignored, 0.0, values)), logits[0]

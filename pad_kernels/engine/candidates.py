@@ -11,7 +11,8 @@ from torch import Tensor
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.base import GivenTokens
 from pad_kernels.backends.choice import gathering_backend
-from pad_kernels.engine.problem import bad_rows, capturing, check_inputs_of
+from pad_kernels.engine.inputs import bad_rows, check_inputs
+from pad_kernels.engine.rows import capturing
 from pad_kernels.engine.workspace import Workspace
 
 
@@ -23,7 +24,7 @@ def _checked(teacher: Mapping[str, Tensor], counted: Tensor, vocab: int) -> Tens
     if capturing({"counted": counted}, None):
         return bad.any()
     if bad.any():
-        check_inputs_of(vocab, {name: x[bad] for name, x in teacher.items()})
+        check_inputs(vocab, {name: x[bad] for name, x in teacher.items()})
     return None
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.devices import generation, total_memory
 from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
+from pad_kernels.engine.inputs import muted_input
 from pad_kernels.engine.plan import ALIGNED, Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.rows import Part, choose_rows
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.statistics import Largest, Tail
 from pad_kernels.heads import HeadOptions
@@ -52,16 +51,6 @@ class Stream:
         if buffer is None:
             return self.weight[start:stop]
         return copy_rows(self.weight, start, stop, buffer, self.order)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Live rows start to stop, which all use the same streams and functionals."""
-
-    start: int
-    stop: int
-    streams: tuple[int, ...]
-    functionals: tuple[int, ...]  # places in the recipe
 
 
 @dataclass
@@ -237,7 +226,7 @@ def build_problem(
         ValueError: a label or candidate id is outside the vocabulary.
     """
     inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
-    rows = _choose_rows(recipe, inputs, hidden.shape[0], coefficients)
+    rows = choose_rows(recipe, inputs, hidden.shape[0], coefficients)
     if rows.live is not None:
         inputs = {name: x.index_select(0, rows.live) for name, x in inputs.items()}
     if rows.muted is not None:
@@ -276,173 +265,3 @@ def _row_vector(
 ) -> Tensor | None:
     """The bias of the real entries as row passes read it: contiguous, in their dtype."""
     return None if bias is None else bias[:vocab].to(device, dtype).contiguous()
-
-
-@dataclass
-class _Rows:
-    """The rows that count; the fields are those of Problem."""
-
-    live: Tensor | None
-    parts: list[Part]
-    muted: Tensor | None = None
-    broken: Tensor | None = None
-
-
-def _choose_rows(
-    recipe: Recipe, inputs: Mapping[str, Tensor], tokens: int, coefficients: Tensor | None
-) -> _Rows:
-    """The rows that count, those that use the same teachers side by side; inputs checked.
-
-    One copy to the host tells how many rows there are of each sort and whether an input is wrong.
-    While a CUDA graph is captured there can be none: then every row runs with every teacher.
-    """
-    everything = (1 << len(recipe.heads)) - 2
-    wanted = _teachers_wanted(recipe, inputs, tokens, coefficients)
-    if recipe.ignore_index is not None and "labels" in inputs:
-        counted = inputs["labels"][:, 0] != recipe.ignore_index
-        wanted = torch.where(counted, everything if wanted is None else wanted, -1)
-    bad = bad_rows(recipe.vocab, inputs)
-    if bad is not None and wanted is not None:
-        bad = bad & (wanted >= 0)
-    whole = [_part(recipe, 0, tokens, everything)] if tokens else []
-    muted = None if wanted is None else wanted < 0
-    if capturing(inputs, coefficients):
-        return _Rows(None, whole, muted, None if bad is None else bad.any())
-    codes = range(-1, everything + 1)
-    counts = _to_host(wanted, codes, bad)
-    if bad is not None and counts.pop():
-        check_inputs_of(
-            recipe.vocab, {name: x[bad] for name, x in inputs.items()}, recipe.ignore_index
-        )
-    if wanted is None or not recipe.request.compact:
-        return _Rows(None, whole, muted)
-    parts, done = [], 0
-    for code, count in list(zip(codes, counts, strict=True))[1:]:
-        if count:
-            parts.append(_part(recipe, done, done + count, code))
-            done += count
-    if done == tokens and len(parts) == 1:
-        return _Rows(None, parts)
-    order = wanted.sort(stable=True).indices
-    return _Rows(order[tokens - done :], parts)
-
-
-def _to_host(wanted: Tensor | None, codes: range, bad: Tensor | None) -> list[int]:
-    """How many rows have each code, then how many are bad, in one copy."""
-    found = []
-    if wanted is not None:
-        found.append((wanted.unsqueeze(1) == torch.tensor(codes, device=wanted.device)).sum(0))
-    if bad is not None:
-        found.append(bad.sum().unsqueeze(0))
-    return torch.cat(found).tolist() if found else []
-
-
-def capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool:
-    """Whether the op is recorded in a CUDA graph, where nothing can be read back."""
-    tensors = [*inputs.values()] if coefficients is None else [coefficients]
-    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
-
-
-def muted_input(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
-    """Harmless inputs [rows, k] for rows that count nothing, and ids that can be gathered."""
-    if x.dtype == torch.int64:
-        spread = torch.arange(x.shape[1], device=x.device)
-        return torch.where(muted.unsqueeze(1), spread, x).clamp(0, vocab - 1)
-    harmless = -math.log(2 * x.shape[1]) if name == "teacher_logprobs" else 0.0
-    return x.masked_fill(muted.unsqueeze(1), harmless)
-
-
-def _teachers_wanted(
-    recipe: Recipe, inputs: Mapping[str, Tensor], tokens: int, coefficients: Tensor | None
-) -> Tensor | None:
-    """A bit for each teacher that a row's weights ask for, [N]; -1 for a row without weights."""
-    if coefficients is None:
-        return None
-    used = torch.full((tokens,), -1, device=coefficients.device)
-    done = 0
-    for functional in recipe.functionals:
-        count = functional.outputs(inputs)
-        own = (coefficients[done : done + count] != 0).any(0)
-        bits = sum(1 << j for j in functional.teachers)
-        used = torch.where(own, used.clamp(min=0) | bits, used)
-        done += count
-    return used
-
-
-def _part(recipe: Recipe, start: int, stop: int, code: int) -> Part:
-    """The rows whose weights ask for the teachers of ``code``, and what is computed for them."""
-    streams = tuple(j for j in range(len(recipe.heads)) if j == 0 or code >> j & 1)
-    found = [i for i, f in enumerate(recipe.functionals) if set(f.teachers) <= set(streams)]
-    return Part(start, stop, streams, tuple(found))
-
-
-def check_inputs(recipe: Recipe, inputs: Mapping[str, Tensor]) -> None:
-    """Raise if a live row's label, candidate or offline teacher is not what it should be."""
-    check_inputs_of(recipe.vocab, inputs, recipe.ignore_index)
-
-
-def check_inputs_of(
-    vocab: int, inputs: Mapping[str, Tensor], ignore_index: int | None = None
-) -> None:
-    """As :func:`check_inputs`, for inputs that come without a recipe."""
-    for name, x in inputs.items():
-        bad = _bad_entries(name, x, vocab)
-        if bad is not None and bad.any():
-            _complain(name, x[bad], vocab, ignore_index)
-
-
-def bad_rows(vocab: int, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Rows [N] with an input that is not what it should be; None if nothing is checked."""
-    found = None
-    for name, x in inputs.items():
-        bad = _bad_entries(name, x, vocab)
-        if bad is not None:
-            found = bad if found is None else found | bad
-    return found
-
-
-def _bad_entries(name: str, x: Tensor, vocab: int) -> Tensor | None:
-    """Rows [N] of an input [N, k] that are not what they should be; None if all may be anything."""
-    if x.dtype == torch.int64:
-        bad = ((x < 0) | (x >= vocab)).any(-1)
-        twice = (x.sort(-1).values.diff(dim=-1) == 0).any(-1) if name in DISTINCT else None
-        return bad if twice is None else bad | twice
-    if name == "teacher_logprobs":
-        # Written so that NaN is bad.
-        fine = (x <= EXCESS).all(-1) & (x.double().exp().sum(-1) <= 1 + EXCESS)
-        return ~fine
-    return ~x.isfinite().all(-1) if name == "advantage_values" else None
-
-
-def _complain(name: str, x: Tensor, vocab: int, ignore_index: int | None) -> NoReturn:
-    """Raise about the bad rows of an input."""
-    public = PUBLIC_NAMES.get(name, name)
-    if x.dtype == torch.int64:
-        low, high = (int(end) for end in x.aminmax())
-        if low >= 0 and high < vocab:
-            fail_value(public, "distinct ids in each row", "an id twice")
-        expected = f"token ids in [0, {vocab})"
-        if name == "labels" and ignore_index is not None:
-            expected += f" or ignore_index {ignore_index}"
-        fail_value(public, expected, low if low < 0 else high)
-    if name == "advantage_values":
-        fail_value(public, "finite log-ratios", "NaN or an infinity")
-    if x.isnan().any():
-        fail_value(public, "log-probabilities", "NaN")
-    if float(x.max()) > EXCESS:
-        fail_value(public, "log-probabilities, at most 0", float(x.max()))
-    mass = float(x.double().exp().sum(-1).max())
-    fail_value(public, "probabilities that sum to at most 1", f"a sum of {mass:g}")
-
-
-#: Per-row inputs by the names that callers know them by.
-PUBLIC_NAMES = {
-    "teacher_ids": "teacher.ids",
-    "teacher_logprobs": "teacher.logprobs",
-    "advantage_ids": "aligned.ids",
-    "advantage_values": "aligned.values",
-}
-#: Inputs whose ids differ within a row.
-DISTINCT = ("teacher_ids", "advantage_ids")
-#: How far the probabilities of an offline teacher may exceed 1: those of a float16 cache do.
-EXCESS = 0.01

@@ -27,7 +27,8 @@ from pad_kernels.engine.devices import total_memory
 from pad_kernels.engine.feed import blocks, weight_chunks
 from pad_kernels.engine.gradients import GradientBuffers, filter_bound
 from pad_kernels.engine.plan import Plan, row_pitch
-from pad_kernels.engine.problem import Part, Problem
+from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.rows import Part
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import Picked, RowStats, Statistic, empty_stats
