@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.backends.traits import traits
 from pad_kernels.engine.devices import generation, total_memory
 from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
 from pad_kernels.engine.inputs import muted_input
@@ -174,7 +175,7 @@ def plan_shape(
         device=generation(device),
         device_bytes=total_memory(device),
         copied_weights=copied,
-        fused=backend == "triton" and not copied and _fuses(recipe, hidden),
+        fused=traits(backend).fuses and not copied and _fuses(recipe, hidden),
     )
 
 

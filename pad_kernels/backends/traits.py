@@ -1,0 +1,34 @@
+"""What a planner has to know of a backend: data, as a plan may be for one that is not at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Element-wise temporaries of the plain torch row passes: tiles of this many elements, about so
+#: many of them alive at once.
+TORCH_TILE = 1 << 18
+TORCH_TEMPORARIES = 16
+
+
+@dataclass(frozen=True)
+class Traits:
+    """One backend's.
+
+    Args:
+        temporaries: numbers in the accumulation dtype that its row passes make besides.
+        fuses: whether it takes statistics without logits in memory, where its kernels can.
+    """
+
+    temporaries: int = 0
+    fuses: bool = False
+
+
+_TRAITS = {
+    "torch_blocked": Traits(temporaries=TORCH_TILE * TORCH_TEMPORARIES),
+    "triton": Traits(fuses=True),
+}
+
+
+def traits(backend: str) -> Traits:
+    """Those of the backend of that name."""
+    return _TRAITS.get(backend, Traits())
