@@ -20,8 +20,7 @@ from engine_probe import Probe, Watch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine import problem
-from pad_kernels.engine import schedule as schedules
+from pad_kernels.engine import problem, run
 from pad_kernels.engine.planner import CPU_BUDGET
 from pad_kernels.engine.workspace import account
 
@@ -194,7 +193,7 @@ def test_rows_of_logits_apart(monkeypatch: pytest.MonkeyPatch, schedule: str, ba
     probe = Probe.install(monkeypatch)
     found = []
     for memory in (0, 1 << 40):
-        for module in (problem, schedules):
+        for module in (problem, run):
             monkeypatch.setattr(module, "total_memory", lambda device, memory=memory: memory)
         probe.plans.clear()
         account.reset()

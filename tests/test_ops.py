@@ -14,7 +14,7 @@ from engine_probe import Probe, Watch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine import call, candidates, mixture, ops
+from pad_kernels.engine import call, candidates, mixture, ops, scaling
 from pad_kernels.engine import topk as topk_module
 from pad_kernels.sequence import listwise_op, rewards
 
@@ -42,7 +42,7 @@ DIFFERENTIABLE = ("token_outputs", "weighted_sum", "listwise_preference", "candi
 #: the last utility compares those tensors too, and would see them before and after.
 IN_PLACE = ("test_schema", "test_autograd_registration", "test_faketensor")
 #: Modules that hold an op under its own name, where the code that calls it looks it up.
-HOLDERS = [ops, candidates, topk_module, listwise_op, rewards]
+HOLDERS = [ops, scaling, candidates, topk_module, listwise_op, rewards]
 
 
 class _Recorder:

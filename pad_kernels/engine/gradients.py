@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import product_dtype
+from pad_kernels.backends.base import LiveTiles
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.run import Run
 from pad_kernels.engine.workspace import Workspace, empty
-
-if TYPE_CHECKING:
-    from pad_kernels.backends.base import LiveTiles
-    from pad_kernels.engine.schedule import Pass
 
 #: Columns of the logit gradient that the filter keeps or skips together, and rows, for a backend
 #: that multiplies single tiles. 128 x 128 is what a product of tensor cores wants; how many tiles
@@ -117,7 +114,7 @@ class GradientBuffers:
 
     def add_rows(
         self,
-        run: Pass,
+        run: Run,
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],
@@ -162,7 +159,7 @@ class GradientBuffers:
             target.index_copy_(0, live[span[0] : span[1]], found.to(target.dtype))
 
     def _set_hidden(
-        self, run: Pass, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
+        self, run: Run, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
     ) -> None:
         student, gemm = self.problem.streams[0], self.problem.recipe.gemm
         rows, copy = dz.shape[0], run.copies[0]
@@ -207,7 +204,7 @@ class GradientBuffers:
 
     def add_columns(
         self,
-        run: Pass,
+        run: Run,
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],

@@ -3,7 +3,7 @@
 ``token_outputs`` gives per-token values, each differentiable (late and kept schedules).
 ``weighted_sum`` gives one number, with its gradients made on the way (early) or later.
 Both take their static half as a recipe string. Backwards are ops of their own without a derivative,
-so second derivatives raise.
+so second derivatives raise; so are those of scaling.py, which finish early gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pad_kernels.engine.order import ordered
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem, build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.run import Run
+from pad_kernels.engine.scaling import scale_gradients_, scaled_gradients
 from pad_kernels.engine.workspace import account, empty
 from pad_kernels.functionals.statistics import Argmax
 
@@ -62,7 +64,7 @@ def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
 def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens [N] (or nothing) and packed statistics [numbers, N]."""
     with problem.workspace(plan) as workspace:
-        run = schedule.Pass.start(problem, plan, workspace)
+        run = Run.start(problem, plan, workspace)
         stats = schedule.measure_rows(run, kept if kept.numel() else None)
         values = schedule.values_of(problem, stats)
     greedy = torch.empty(0, dtype=torch.int64, device=problem.device)
@@ -81,7 +83,7 @@ def _backward(
     with problem.workspace(plan) as workspace:
         if plan.ordered:
             problem = ordered(problem, workspace)
-        run = schedule.Pass.start(problem, plan, workspace)
+        run = Run.start(problem, plan, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=False)
         held = kept if kept.numel() else None
         schedule.differentiate_vocabulary(run, upstream, stats, held, buffers)
@@ -280,13 +282,13 @@ def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
     stats = None
     if plan.gradient_over == "vocabulary":
         with problem.workspace(plan) as workspace:
-            run = schedule.Pass.start(problem, plan, workspace)
+            run = Run.start(problem, plan, workspace)
             stats = schedule.measure_rows(run, None)
     with problem.workspace(plan) as workspace:
         if plan.ordered:
             problem = ordered(problem, workspace)
         buffers = GradientBuffers(problem, plan, workspace, early=True)
-        run = schedule.Pass.start(problem, plan, workspace)
+        run = Run.start(problem, plan, workspace)
         if stats is None:
             values = schedule.differentiate_tokens(run, weights, buffers)
         else:
@@ -322,58 +324,6 @@ def _(
     stats = hidden.new_empty(size, dtype=torch.float64)
     kept = hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
     return _sum_outputs(parts, stats=stats, kept=kept)
-
-
-@torch.library.custom_op("pad_kernels::scale_gradients_", mutates_args={"hidden", "weight", "bias"})
-def scale_gradients_(
-    hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor
-) -> None:
-    """Multiply early gradients by the upstream gradient, in place.
-
-    Not at all if that is 1; on a GPU nobody waits to find out.
-    """
-    products = factors * scale
-    numbers = products.unbind() if scale.is_cuda else products.tolist()
-    for gradient, product in zip((hidden, weight, bias), numbers, strict=True):
-        if gradient.numel() and (scale.is_cuda or product != 1.0):
-            _scale_exactly(gradient, product)
-
-
-def _scale_exactly(gradient: Tensor, product: float | Tensor) -> None:
-    """One rounding: a float16 factor of its own could overflow where the product does not."""
-    if gradient.dtype != torch.float16:
-        gradient.mul_(product)
-        return
-    rows = max((1 << 20) // max(gradient[0].numel(), 1), 1)
-    for start in range(0, gradient.shape[0], rows):
-        block = gradient[start : start + rows]
-        block.copy_(block.float() * product)
-
-
-@scale_gradients_.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("pad_kernels::scaled_gradients", mutates_args=())
-def scaled_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor, anchor: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``scale_gradients_``, on copies: for graphs that are traced, and for ``create_graph``.
-
-    ``anchor`` is an input of the forward: the result depends on it in a way nobody can
-    differentiate, so that a second derivative raises and does not take it for a constant.
-    """
-    copies = hidden.clone(), weight.clone(), bias.clone()
-    scale_gradients_(*copies, factors, scale)
-    return copies
-
-
-@scaled_gradients.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor, factors: Tensor, scale: Tensor, anchor: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _save_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: _Sum) -> None:

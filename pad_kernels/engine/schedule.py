@@ -7,149 +7,19 @@ as many rows as the plan says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pad_kernels.backends.base import (
-    Backend,
-    FilteringBackend,
-    FusedBackend,
-    HiddenRows,
-    LiveTiles,
-    RawBlock,
-    WalkingBackend,
-)
-from pad_kernels.backends.choice import get_backend
-from pad_kernels.engine.devices import total_memory
-from pad_kernels.engine.feed import blocks, weight_chunks
+from pad_kernels.backends.base import FusedBackend, HiddenRows, RawBlock, WalkingBackend
+from pad_kernels.engine.feed import blocks
 from pad_kernels.engine.gradients import GradientBuffers, filter_bound
-from pad_kernels.engine.plan import Plan, row_pitch
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.rows import Part
-from pad_kernels.engine.workspace import Workspace
+from pad_kernels.engine.run import Run
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import Picked, RowStats, Statistic, empty_stats
-
-
-@dataclass
-class Pass:
-    """One walk over the rows: the problem, its plan, the backend and the buffers."""
-
-    problem: Problem
-    plan: Plan
-    backend: Backend
-    workspace: Workspace
-    copies: list[Tensor | None]
-    _rooms: dict[str, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def start(problem: Problem, plan: Plan, workspace: Workspace) -> Pass:
-        """Take the buffers that every pass needs."""
-        copies = problem.copied_weight_buffers(workspace, plan.vocab_block)
-        return Pass(problem, plan, get_backend(plan.backend), workspace, copies)
-
-    def _room(self, name: str, numel: int) -> Tensor:
-        """A flat buffer in the products' dtype, made once."""
-        if name not in self._rooms:
-            self._rooms[name] = self.workspace.empty(numel, dtype=self.problem.recipe.gemm)
-        return self._rooms[name]
-
-    def _pitch(self, cols: int) -> int:
-        return row_pitch(cols, total_memory(self.problem.device))
-
-    def logit_room(self, rows: int, cols: int) -> Tensor:
-        """Room for rows x cols logits of every stream, [streams, flat]."""
-        count = len(self.problem.streams)
-        return self._room("logits", count * rows * self._pitch(cols)).view(count, -1)
-
-    def logits_in(
-        self, room: Tensor, streams: Iterable[int], rows: int, cols: int
-    ) -> dict[int, Tensor]:
-        """A block [rows, cols] for each of some streams, in what :meth:`logit_room` made."""
-        pitch = self._pitch(cols)
-        return {j: room[j, : rows * pitch].view(rows, pitch)[:, :cols] for j in streams}
-
-    def hidden(
-        self, part: Part, start: int, stop: int, room: int, *, inside: bool = False
-    ) -> dict[int, Tensor]:
-        """Hidden states of the live rows start to stop, of the part's streams.
-
-        Args:
-            room: rows to have room for, whatever this call needs.
-            inside: put them at ``start`` of that room, beside those of other rows, and not at its
-                beginning.
-        """
-        live, gemm = self.problem.live, self.problem.recipe.gemm
-        found, offset = {}, start if inside else 0
-        for j in part.streams:
-            stream = self.problem.streams[j]
-            width = stream.hidden.shape[1]
-            buffer = self._room(f"hidden {j}", room * width).view(room, width)
-            found[j] = stream.rows(live, start, stop, gemm, buffer[offset : offset + stop - start])
-        return found
-
-    def logits(
-        self, hidden: dict[int, Tensor], start: int, stop: int, out: dict[int, Tensor]
-    ) -> None:
-        """Raw products of some rows with the vocabulary entries start to stop."""
-        for j, h in hidden.items():
-            stream = self.problem.streams[j]
-            pieces = weight_chunks(stream.weight, start, stop, self.copies[j], stream.order)
-            for a, b, weight in pieces:
-                torch.mm(h, weight.t(), out=out[j][:, a - start : b - start])
-
-    def measure(self, part: Part, block: RawBlock, sweep: int) -> None:
-        """Merge a block of raw logits into the running statistics that the part needs."""
-        wanted = [s for s in self.problem.recipe.measured(part.functionals) if s.sweep == sweep]
-        if rest := self.pick(block, wanted):
-            self.backend.measure(block, rest)
-
-    def fused(self, part: Part, rows: HiddenRows) -> FusedBackend | None:
-        """The backend, if it has products and row work in one for these rows."""
-        backend = self.backend
-        # What is gathered for an order alone could be read as it lies, as in the statistics' pass.
-        copied = self.problem.order is None and any(c is not None for c in self.copies)
-        if not isinstance(backend, FusedBackend) or copied:
-            return None
-        wanted = list(self.problem.recipe.measured(part.functionals))
-        return backend if backend.fuses(rows, wanted, self.plan.vocab_block) else None
-
-    def live_tiles(
-        self, hidden: Tensor, dz: Tensor, peaks: Tensor | None, bound: Tensor | None
-    ) -> LiveTiles | None:
-        """The tiles that the filter keeps, if the backend multiplies those alone."""
-        if peaks is None or bound is None or not isinstance(self.backend, FilteringBackend):
-            return None
-        return self.backend.live_tiles(self.problem, hidden, dz, peaks, bound)
-
-    def pick(self, block: RawBlock, wanted: Iterable[Statistic]) -> list[Statistic]:
-        """Merge what is picked of a block; the wanted statistics besides."""
-        rest = []
-        for statistic in wanted:
-            if isinstance(statistic, Picked):
-                block.stats[statistic] += self._picked(statistic, block)
-            else:
-                rest.append(statistic)
-        return rest
-
-    def _picked(self, statistic: Picked, block: RawBlock) -> Tensor:
-        """Logits at given ids: a gather, the same on every backend."""
-        student, raw = self.problem.streams[0], block.logits[0]
-        ids = block.stats.inputs[statistic.ids]
-        local = ids - block.offset
-        inside = (local >= 0) & (local < raw.shape[1])
-        found = raw.gather(1, local.clamp(0, raw.shape[1] - 1)).to(self.problem.accumulate)
-        if student.bias is not None:
-            found = found + student.bias[ids]
-        logits = self.backend.transform(student.head, found)
-        return torch.where(inside, logits, 0.0).t()
-
-    def empty_stats(self, rows: int, inputs: dict[str, Tensor]) -> RowStats:
-        """Running statistics before the first block."""
-        return empty_stats(self.problem.recipe.measured(), rows, inputs, self.problem.device)
+from pad_kernels.functionals.statistics import Picked, RowStats, Statistic
 
 
 def reduce_stats(stats: RowStats) -> RowStats:
@@ -157,7 +27,7 @@ def reduce_stats(stats: RowStats) -> RowStats:
     return stats
 
 
-def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
+def measure_rows(run: Run, kept: Tensor | None) -> RowStats:
     """Statistics of every live row; the first rows' raw logits go to ``kept``, if there is room."""
     problem = run.problem
     stats = run.empty_stats(problem.rows, problem.inputs)
@@ -179,7 +49,7 @@ def measure_rows(run: Pass, kept: Tensor | None) -> RowStats:
 
 
 def _over_tokens(
-    run: Pass, part: Part, stats: RowStats, span: tuple[int, int], kept: Tensor | None, room: int
+    run: Run, part: Part, stats: RowStats, span: tuple[int, int], kept: Tensor | None, room: int
 ) -> None:
     """Statistics token block by token block, both sweeps while the block's logits are at hand."""
     vocab = run.problem.recipe.vocab
@@ -200,7 +70,7 @@ def _over_tokens(
 
 
 def _over_vocabulary(
-    run: Pass, part: Part, stats: RowStats, span: tuple[int, int], most: int, room: int
+    run: Run, part: Part, stats: RowStats, span: tuple[int, int], most: int, room: int
 ) -> None:
     """One-sweep statistics of some rows, at most ``most`` at a time, chunk by chunk."""
     cols = run.plan.vocab_block
@@ -257,7 +127,7 @@ def _settled_gradient(problem: Problem, part: Part, grad: Tensor, stats: RowStat
     return _gradient(problem, part, grad, stats).settled(stats)
 
 
-def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Tensor:
+def differentiate_tokens(run: Run, weights: Tensor, out: GradientBuffers) -> Tensor:
     """Early: values and gradients of sum(weights * values), token block by token block.
 
     Args:
@@ -289,7 +159,7 @@ def differentiate_tokens(run: Pass, weights: Tensor, out: GradientBuffers) -> Te
 
 
 def _differentiate_block(
-    run: Pass, part: Part, block: RawBlock, weights: Tensor, bound: Tensor | None
+    run: Run, part: Part, block: RawBlock, weights: Tensor, bound: Tensor | None
 ) -> Tensor | None:
     """Statistics of a token block, and its gradient in the place of the student's logits."""
     problem, backend, out = run.problem, run.backend, block.logits[0]
@@ -307,8 +177,20 @@ def _differentiate_block(
     return backend.gradient(block, gradient, out, bound)
 
 
+@dataclass
+class _Piece:
+    """Rows of one part on their way through the vocabulary, all of them kept or none."""
+
+    start: int
+    stop: int
+    rows: HiddenRows
+    gradient: LogitGradient
+    kept: dict[int, Tensor] | None  # their raw logits [rows, V]
+    fused: FusedBackend | None  # makes their gradient without logits
+
+
 def differentiate_vocabulary(
-    run: Pass, grad: Tensor, stats: RowStats, kept: Tensor | None, out: GradientBuffers
+    run: Run, grad: Tensor, stats: RowStats, kept: Tensor | None, out: GradientBuffers
 ) -> None:
     """Late and kept: gradients vocabulary chunk by chunk, all live rows at once.
 
@@ -320,61 +202,65 @@ def differentiate_vocabulary(
         kept: raw logits [streams, rows, V] of the first rows; the others are recomputed.
         out: receives the gradients.
     """
-    problem, plan, gemm = run.problem, run.plan, run.problem.recipe.gemm
-    total = problem.rows
+    problem, plan, total = run.problem, run.plan, run.problem.rows
     if total == 0:
         return
     grad = out.operand(grad)
-    # Ids are places in the problem's own order.
-    stats = RowStats(stats, problem.inputs)
-    held = 0 if kept is None else min(kept.shape[1], total)
     student = run.hidden(Part(0, total, (0,), ()), 0, total, total)[0]
-    pieces = []
-    for part in problem.parts:
-        hidden = run.hidden(part, part.start, part.stop, total, inside=True)
-        hidden[0] = student[part.start : part.stop]
-        inner = min(max(held, part.start), part.stop)
-        for a, b in ((part.start, inner), (inner, part.stop)):
-            if a < b:
-                of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
-                rows = HiddenRows(problem, stats.rows(a, b), of_rows)
-                gradient = _settled_gradient(problem, part, grad[:, a:b], rows.stats)
-                fused = None if b <= held else run.fused(part, rows)
-                pieces.append(_Piece(a, b, rows, gradient, fused))
+    # Ids are places in the problem's own order.
+    pieces = _pieces(run, student, grad, RowStats(stats, problem.inputs), kept)
     room = run.logit_room(total, plan.vocab_block)
     bound = filter_bound(plan, grad)
     read = {j for piece in pieces if piece.fused is not None for j in piece.rows.hidden}
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
         chunk = run.logits_in(room, range(len(problem.streams)), total, b - a)
-        weights = {j: problem.streams[j].weights(a, b, gemm, run.copies[j]) for j in read}
+        weights = run.weights(read, a, b)
         peaks = []
         for piece in pieces:
-            rows, dz = piece.rows, chunk[0][piece.start : piece.stop]
+            span = slice(piece.start, piece.stop)
+            rows, dz = piece.rows, chunk[0][span]
             if piece.fused is not None:
                 found = piece.fused.differentiate_products(
                     rows, weights, a, piece.gradient, dz, bound
                 )
             else:
-                if piece.stop <= held and kept is not None:
-                    logits = {j: kept[j, piece.start : piece.stop, a:b] for j in rows.hidden}
+                if piece.kept is not None:
+                    logits = {j: z[:, a:b] for j, z in piece.kept.items()}
                 else:
-                    logits = {j: chunk[j][piece.start : piece.stop] for j in rows.hidden}
+                    logits = {j: chunk[j][span] for j in rows.hidden}
                     run.logits(rows.hidden, a, b, logits)
                 block = RawBlock(problem, rows.stats, logits, a)
                 found = run.backend.gradient(block, piece.gradient, dz, bound)
-            peaks.append((slice(piece.start, piece.stop), found))
+            peaks.append((span, found))
         out.add_columns(run, chunk[0], student, (a, b), peaks, bound)
 
 
-@dataclass
-class _Piece:
-    """Rows of one part, all of them kept or none, on their way through the vocabulary."""
+def _pieces(
+    run: Run, student: Tensor, grad: Tensor, stats: RowStats, kept: Tensor | None
+) -> list[_Piece]:
+    """The live rows by part, those that are kept apart from those that are not.
 
-    start: int
-    stop: int
-    rows: HiddenRows
-    gradient: LogitGradient
-    fused: FusedBackend | None  # makes their gradient without logits
+    Args:
+        student: the student's hidden states [live rows, H].
+    """
+    problem, found = run.problem, []
+    held = 0 if kept is None else min(kept.shape[1], problem.rows)
+    for part in problem.parts:
+        hidden = run.hidden(part, part.start, part.stop, problem.rows, inside=True)
+        hidden[0] = student[part.start : part.stop]
+        inner = min(max(held, part.start), part.stop)
+        for a, b in ((part.start, inner), (inner, part.stop)):
+            if a == b:
+                continue
+            of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
+            rows = HiddenRows(problem, stats.rows(a, b), of_rows)
+            gradient = _settled_gradient(problem, part, grad[:, a:b], rows.stats)
+            if kept is not None and b <= held:
+                logits = {j: kept[j, a:b] for j in of_rows}
+                found.append(_Piece(a, b, rows, gradient, logits, None))
+            else:
+                found.append(_Piece(a, b, rows, gradient, None, run.fused(part, rows)))
+    return found
 
 
 def saved_statistics(problem: Problem) -> tuple[Statistic, ...]:

@@ -13,6 +13,7 @@ from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.problem import build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.run import Run
 from pad_kernels.functionals.statistics import Largest
 
 
@@ -33,7 +34,7 @@ def topk(
         plan = op_plan(todo, hidden, weight, teachers, reduced=False)
         problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
         with problem.workspace(plan) as workspace:
-            stats = schedule.measure_rows(schedule.Pass.start(problem, plan, workspace), None)
+            stats = schedule.measure_rows(Run.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
         logprobs = (values - stats.maximum()) - stats.total().log()
         logprobs = logprobs.t().to(problem.accumulate).contiguous()
