@@ -15,6 +15,7 @@ from oracles import GRADIENTS
 import pad_kernels as pk
 from pad_kernels.backends.triton import fused
 from pad_kernels.backends.triton import live as live_module
+from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.tilings import LiveTiling, Tiling
 from pad_kernels.engine import ops
@@ -87,7 +88,7 @@ def test_dead_tiles_are_not_written(tma: bool) -> None:
     hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(cols, width).to(dtype)
     weight[TILE : 3 * TILE] *= 0.01
     hidden[TILE:] *= 0.1
-    operands = fused.Operands([hidden], [weight], (None,), [HeadOptions()])
+    operands = Operands([hidden], [weight], (None,), [HeadOptions()])
     logits = (hidden.double() @ weight.double().t()).float()
     stats = measure([Normalizer(0)], Block({0: logits}, 0, {}), None)
     label = torch.full((rows, 1), 70)

@@ -16,6 +16,7 @@ import pad_kernels as pk
 from pad_kernels.backends.torch_blocked import _dense as dense_gradient
 from pad_kernels.backends.triton import autotune, fused
 from pad_kernels.backends.triton import backend as triton_backend
+from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.tilings import Tiling
 from pad_kernels.engine.problem import Stream
 from pad_kernels.engine.workspace import account
@@ -77,8 +78,8 @@ def logits_of(streams: list[Stream], dtype: torch.dtype) -> dict[int, Tensor]:
     return found
 
 
-def operands_of(streams: list[Stream]) -> fused.Operands:
-    return fused.Operands(
+def operands_of(streams: list[Stream]) -> Operands:
+    return Operands(
         [s.hidden for s in streams],
         [s.weight for s in streams],
         tuple(s.bias for s in streams),
@@ -93,7 +94,7 @@ def run_statistics(
     # views of wider tensors, as the rows of a part are
     wide = {k: torch.cat((x, x)) for k, x in inputs.items()}
     stats = empty_stats(wanted, 2 * rows, wide, torch.device("cpu")).rows(rows, 2 * rows)
-    measured = fused.Measured.of(range(len(streams)), wanted)
+    measured = Measured.of(range(len(streams)), wanted)
     assert measured is not None
     partial = torch.full((splits, len(measured.slots), rows), torch.nan, dtype=torch.float64)
     operands = operands_of(streams)

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from pad_kernels.backends.base import GivenTokens
 from pad_kernels.backends.triton import fused, gather, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
+from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.launch import Launch
 from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.tilings import (
@@ -84,7 +85,7 @@ def statistics_launches(
     count, wanted, head = ASKED[name]
     rows, vocab, size = shape
     with torch.device("meta"):
-        operands = fused.Operands(
+        operands = Operands(
             [torch.empty(rows, size, dtype=dtype) for _ in range(count)],
             [torch.empty(vocab, size, dtype=dtype) for _ in range(count)],
             tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
@@ -93,7 +94,7 @@ def statistics_launches(
         inputs = {"labels": torch.empty(rows, PICKED.get(name, 1), dtype=torch.int64)}
         normalizers = [Normalizer(j) for j in range(count)]
         stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
-        measured = fused.Measured.of(range(count), wanted)
+        measured = Measured.of(range(count), wanted)
         assert measured is not None
         partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
     extras = measured.extras_with(inputs)
@@ -141,7 +142,7 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
     count, moments, probabilities, head = GRADIENTS[name]
     rows, cols, size, k = 8192, 4096, 4096, PICKED.get(name, 1)
     with torch.device("meta"):
-        operands = fused.Operands(
+        operands = Operands(
             [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
             [torch.empty(cols, size, dtype=torch.bfloat16) for _ in range(count)],
             tuple(None if head == PLAIN else torch.empty(cols) for _ in range(count)),
@@ -233,11 +234,11 @@ def test_what_kernels_cannot_read() -> None:
     """Rows that cannot be read 16 bytes at a time are the library's product to read."""
     hidden = torch.empty(33, 128, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(507, 128, dtype=torch.bfloat16, device="meta")
-    good = fused.Operands([hidden], [weight], (None,), [PLAIN])
+    good = Operands([hidden], [weight], (None,), [PLAIN])
     assert good.readable
     for other in (weight[:, 1:], weight[:, :123], weight[:, ::2], weight.t()[:, :496]):
-        assert not fused.Operands([hidden[:, : other.shape[1]]], [other], (None,), [PLAIN]).readable
-    assert not fused.Operands([hidden.float()], [weight.float()], (None,), [PLAIN]).readable
+        assert not Operands([hidden[:, : other.shape[1]]], [other], (None,), [PLAIN]).readable
+    assert not Operands([hidden.float()], [weight.float()], (None,), [PLAIN]).readable
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from pad_kernels.backends.triton.fused import Operands
+from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.launch import Device, Launch
 from pad_kernels.backends.triton.live_kernels import list_live_kernel, live_product_kernel
 from pad_kernels.backends.triton.tilings import LIVE, LiveTiling, generation
