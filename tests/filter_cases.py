@@ -10,7 +10,7 @@ from oracles import GRADIENTS
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 
 
 def tiles_of(x: Tensor, tile: int) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 import pad_kernels as pk
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.choice import get_backend
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.functionals import Divergence, LogitGradient
 from pad_kernels.functionals.statistics import (
     Argmax,

@@ -22,7 +22,7 @@ from pad_kernels.backends.triton.tilings import (
     gradient_tiling,
     statistics_tiling,
 )
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import ROW_PASS_STATISTICS, RawBlock, beyond_row_passes
 from pad_kernels.backends.choice import get_backend
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient

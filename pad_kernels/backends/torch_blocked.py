@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import GivenTokens, RawBlock
 from pad_kernels.backends.traits import TORCH_TILE
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace

@@ -10,5 +10,6 @@ From a call to its gradients:
 - ``problem``: an op's tensors as streams, without the ``rows`` that do not count, its ``inputs``
   checked, the vocabulary in an ``order`` if a filter wants one.
 - ``schedule``: the block loops; ``run`` does the steps of one block, with weights from ``feed`` and
-  buffers from ``workspace``; ``gradients`` is where gradients add up.
+  buffers from ``workspace``; ``gradients`` is where gradients add up, by ``products`` of what the
+  ``filter`` does not leave out.
 """

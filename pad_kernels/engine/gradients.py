@@ -9,49 +9,16 @@ from torch import Tensor
 
 from pad_kernels._dtypes import product_dtype
 from pad_kernels.backends.base import LiveTiles
+from pad_kernels.engine.filter import column_runs
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.products import add_product, multiply, multiply_in_blocks
 from pad_kernels.engine.run import Run
 from pad_kernels.engine.workspace import Workspace, empty
 
-#: Columns of the logit gradient that the filter keeps or skips together, and rows, for a backend
-#: that multiplies single tiles. 128 x 128 is what a product of tensor cores wants; how many tiles
-#: are left at other sizes: docs/performance.md.
-FILTER_TILE = 128
 #: Exponent of the largest upstream gradient that float16 operands are made of. It leaves room for
 #: slopes of some thousand, and 1 / V of the largest vocabularies is still a normal number.
 _TOP = 4
-
-
-def filter_bound(plan: Plan, weights: Tensor) -> Tensor | None:
-    """What a tile's largest magnitude has to reach, 0-d; None without a filter.
-
-    Args:
-        weights: [outputs, live rows], of the values.
-    """
-    return plan.filter * weights.abs().max() if plan.filter and weights.numel() else None
-
-
-def column_runs(
-    peaks: Sequence[Tensor | None], bound: Tensor | None, cols: int
-) -> list[tuple[int, int]]:
-    """Column ranges to multiply: all of them, or those whose tiles reach the filter's bound.
-
-    Args:
-        peaks: of some rows each, the largest magnitudes of column tiles, or of row tiles by those.
-    """
-    found = [p.view(-1, p.shape[-1]).amax(0) for p in peaks if p is not None]
-    if bound is None or not found:
-        return [(0, cols)]
-    runs: list[tuple[int, int]] = []
-    for tile, keep in enumerate((~(torch.stack(found).amax(0) < bound)).tolist()):
-        if keep:
-            start, stop = tile * FILTER_TILE, min((tile + 1) * FILTER_TILE, cols)
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((start, stop))
-    return runs
 
 
 class GradientBuffers:
@@ -165,11 +132,11 @@ class GradientBuffers:
         rows, copy = dz.shape[0], run.copies[0]
         part = self._buffer("product", self.plan.token_block, student.weight, self._product)[:rows]
         if copy is None and runs == [(0, dz.shape[1])]:
-            found = _product(dz, student.weight, part)
+            found = multiply_in_blocks(dz, student.weight, part)
         else:
             found = self._row_sums(rows).zero_()
             for a, b in _steps(runs, dz.shape[1] if copy is None else copy.shape[0]):
-                _add_product(found, dz[:, a:b], student.weights(a, b, gemm, copy), part)
+                add_product(found, dz[:, a:b], student.weights(a, b, gemm, copy), part)
         self._put_hidden(found, span)
 
     @property
@@ -193,10 +160,10 @@ class GradientBuffers:
                 continue
             part = None if direct else self._buffer("weight", step, hidden, self._product)[: b - a]
             if order is None:
-                _add_product(total[a:b], left, hidden, part)
+                add_product(total[a:b], left, hidden, part)
             else:
                 assert part is not None
-                added = _multiply(left, hidden, part).to(total.dtype)
+                added = multiply(left, hidden, part).to(total.dtype)
                 total.index_add_(0, order[a:b], added)
         self._weight_started = True
 
@@ -235,7 +202,7 @@ class GradientBuffers:
             part = self._buffer("product", total.shape[0], total, self._product)
         for a, b in runs:
             weight = student.weights(start + a, start + b, gemm, run.copies[0])
-            _add_product(total, dz[:, a:b], weight, part)
+            add_product(total, dz[:, a:b], weight, part)
 
     def _add_live_columns(
         self,
@@ -289,10 +256,10 @@ class GradientBuffers:
     def _set_product(self, target: Tensor, left: Tensor, right: Tensor, step: int) -> None:
         """Target = left @ right, restored through scratch where the product has another dtype."""
         if target.dtype == self._product:
-            _multiply(left, right, target)
+            multiply(left, right, target)
         else:
             part = self._buffer("weight", step, right, self._product)[: target.shape[0]]
-            target.copy_(self._restored(_multiply(left, right, part)))
+            target.copy_(self._restored(multiply(left, right, part)))
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -337,6 +304,12 @@ class GradientBuffers:
             target.copy_(total)
 
 
+def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    for start, stop in runs:
+        for a in range(start, stop, size):
+            yield a, min(a + size, stop)
+
+
 def _power(x: Tensor, exponent: int) -> Tensor:
     """The power of two that brings the largest magnitude to [2^(exponent - 1), 2^exponent), 0-d.
 
@@ -348,44 +321,3 @@ def _power(x: Tensor, exponent: int) -> Tensor:
     found = torch.where((largest > 0) & largest.isfinite(), found.clamp(-126, 126), 0)
     # Put together bit by bit: a device's power function may be off by a rounding.
     return ((found.long() + 1023) << 52).view(torch.float64)
-
-
-def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    for start, stop in runs:
-        for a in range(start, stop, size):
-            yield a, min(a + size, stop)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, part: Tensor | None) -> None:
-    """Total += left @ right, through ``part`` where the product has another dtype."""
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)
-    else:
-        assert part is not None
-        total += _product(left, right, part)
-
-
-#: oneDNN multiplies bfloat16 [rows, V] by [V, H] half as fast when rows > 256 and H is below this
-#: and not small beside the rows; in blocks of 256 rows it is at most 15 % slower than at its best.
-_NARROW, _NARROW_ROWS = 896, 256
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """The product of two matrices, in the blocks of rows that the library multiplies fastest."""
-    step = left.shape[0]
-    if left.dtype == torch.bfloat16 and left.is_cpu and right.shape[1] < _NARROW:
-        # A transposed left (a weight gradient's) is not slowed down by its many rows.
-        step = _NARROW_ROWS if left.stride(1) == 1 else step
-    for start in range(0, left.shape[0], max(step, 1)):
-        rows = slice(start, start + step)
-        _multiply(left[rows], right, out[rows])
-    return out
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """The product of two matrices, in float32 if that is what ``out`` is."""
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)

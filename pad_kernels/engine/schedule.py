@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pad_kernels.backends.base import FusedBackend, HiddenRows, RawBlock, WalkingBackend
 from pad_kernels.engine.feed import blocks
-from pad_kernels.engine.gradients import GradientBuffers, filter_bound
+from pad_kernels.engine.filter import filter_bound
+from pad_kernels.engine.gradients import GradientBuffers
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.rows import Part
 from pad_kernels.engine.run import Run

@@ -19,7 +19,7 @@ from pad_kernels.backends.triton.gather import gather_hidden, gather_logits, sca
 from pad_kernels.backends.triton.launch import Device, Passes, run, transform
 from pad_kernels.backends.triton.live import LiveTiles, multiplies
 from pad_kernels.backends.triton.topk import MOST, merge_largest
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import configs, gradient, math, statistics
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes

@@ -12,7 +12,7 @@ from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.launch import Device, Launch
 from pad_kernels.backends.triton.live_kernels import list_live_kernel, live_product_kernel
 from pad_kernels.backends.triton.tilings import LIVE, LiveTiling, generation
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Problem
 
 #: Tiles that a program looks at together when it lists the live ones.

@@ -9,7 +9,7 @@ import torch
 
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton.launch import Device, Launch, Passes
-from pad_kernels.engine.gradients import FILTER_TILE
+from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.plan import PlanRequest
 from pad_kernels.engine.problem import Problem, Stream
 from pad_kernels.engine.recipe import Recipe
