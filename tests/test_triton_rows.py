@@ -78,8 +78,8 @@ def test_an_old_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_tensor_is_refused_where_kernels_are_not_interpreted() -> None:
     code = """
 import torch, pad_kernels as pk
-from pad_kernels.backends import base, registry
-registry.triton_error = base.triton_error = lambda: ""
+from pad_kernels.backends import choice, registry
+registry.triton_error = choice.triton_error = lambda: ""
 from pad_kernels.backends.triton import backend
 backend.triton_error = lambda: ""
 x = torch.randn(3, 4)
