@@ -18,11 +18,11 @@ from typing import Any
 
 import device_large
 import filter_cases
+import functional_cases
 import parity_cases
 import pytest
 import test_distill
 import test_divergence
-import test_functionals
 import test_half_precision
 import test_listwise
 import test_parity
@@ -165,22 +165,22 @@ def _candidates(backend: str, dtype: torch.dtype) -> Iterator[tuple[str, Check]]
 
 def _functionals(backend: str, dtype: torch.dtype) -> Iterator[tuple[str, Check]]:
     """Every functional of the registry, and mixtures of them."""
-    tokens = test_functionals.TOKENS
+    tokens = functional_cases.TOKENS
     settings = (("early", None), ("late", None), ("kept", tokens), ("kept", 6))
     plans = [pk.PlanRequest(s, backend, None, 0.0, 5, 71, kept) for s, kept in settings]
     if backend == "reference":
         plans = [pk.PlanRequest(None, backend)]
-    sets = {str(f): (f,) for f in test_functionals.EXAMPLES} | test_functionals.MIXTURES
+    sets = {str(f): (f,) for f in functional_cases.EXAMPLES} | functional_cases.MIXTURES
     for plan, (name, functionals) in itertools.product(plans, sets.items()):
         label = f"{plan.schedule}{plan.kept_rows or ''} {name}"
         if plan.schedule != "early":
             yield (
                 f"tokens {label}",
-                functools.partial(test_functionals.check_tokens, functionals, dtype, plan),
+                functools.partial(functional_cases.check_tokens, functionals, dtype, plan),
             )
         yield (
             f"total {label}",
-            functools.partial(test_functionals.check_total, functionals, dtype, plan),
+            functools.partial(functional_cases.check_total, functionals, dtype, plan),
         )
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 
 # isort: split
+import functional_cases as functionals
 import oracles
 import pytest
 import random_heads
 import test_distill
 import test_divergence as divergences
-import test_functionals as functionals
+import test_functionals
 import test_offline_teachers as offline
 import test_parity as parity
 import torch
@@ -122,9 +123,9 @@ def test_tiny_divergences(kind: str) -> None:
     assert float((found.double() - exact).abs().max()) < 1e-8
 
 
-@pytest.mark.parametrize("functional", [functionals.ALIKE[0], functionals.ALIKE[2]], ids=str)
+@pytest.mark.parametrize("functional", test_functionals.ALIKE[:3:2], ids=str)
 def test_equal_models(functional: Any) -> None:
-    functionals.test_a_student_that_is_its_teacher_has_no_divergence(
+    test_functionals.test_a_student_that_is_its_teacher_has_no_divergence(
         functional, torch.bfloat16, "triton"
     )
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import cuda_on_cpu
+import functional_cases
 import pytest
 import row_pass_harness
 import test_divergence
-import test_functionals
 import test_parity
 import test_row_pass
 import test_row_pass_numerics
@@ -176,26 +176,26 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("functional", test_functionals.EXAMPLES, ids=str)
+@pytest.mark.parametrize("functional", functional_cases.EXAMPLES, ids=str)
 def test_every_functional_from_hidden_states(module: Any, functional: Functional) -> None:
     """Dtypes take turns over the schedules; the passes by themselves have seen every pair."""
-    turn = test_functionals.EXAMPLES.index(functional)
+    turn = functional_cases.EXAMPLES.index(functional)
     early, late, kept = PLANS
     one, other = DTYPES[turn % 2], DTYPES[1 - turn % 2]
     with cuda_on_cpu.in_place_of_a_gpu(module):
-        test_functionals.check_total((functional,), one, early)
-        test_functionals.check_tokens((functional,), other, late)
-        test_functionals.check_tokens((functional,), one, kept)
-        test_functionals.check_total((functional,), other, kept)
+        functional_cases.check_total((functional,), one, early)
+        functional_cases.check_tokens((functional,), other, late)
+        functional_cases.check_tokens((functional,), one, kept)
+        functional_cases.check_total((functional,), other, kept)
 
 
 @pytest.mark.parametrize("mixture", ["one_stream", "distill", "two_sweeps"])
 def test_mixtures_from_hidden_states(module: Any, mixture: str) -> None:
-    functionals = test_functionals.MIXTURES[mixture]
+    functionals = functional_cases.MIXTURES[mixture]
     with cuda_on_cpu.in_place_of_a_gpu(module):
         for dtype in (torch.float32, torch.float16):
-            test_functionals.check_total(functionals, dtype, PLANS[0], 5.0)
-            test_functionals.check_tokens(functionals, dtype, PLANS[1], 5.0)
+            functional_cases.check_total(functionals, dtype, PLANS[0], 5.0)
+            functional_cases.check_tokens(functionals, dtype, PLANS[1], 5.0)
 
 
 def test_log_probs_over_awkward_inputs(module: Any) -> None:
