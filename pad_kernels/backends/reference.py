@@ -5,13 +5,15 @@ Never chosen automatically. It shares no code with the blocked engine but the na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.inputs import check_inputs, muted_input
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
@@ -120,11 +122,9 @@ ORACLES: dict[str, Callable[[Functional, list[Tensor], Mapping[str, Tensor]], Te
 }
 
 
-def _dense_logits(
-    recipe: Recipe, hidden: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
-) -> list[Tensor]:
+def _dense_logits(recipe: Recipe, given: Arguments) -> list[Tensor]:
     logits = []
-    for h, w, b, head in zip(hidden, weights, biases, recipe.heads, strict=True):
+    for (h, w, b), head in zip(given.streams(recipe), recipe.heads, strict=True):
         z = h.double() @ w[: recipe.vocab].double().t()
         if b is not None:
             z = z + b[: recipe.vocab].double()
@@ -135,22 +135,9 @@ def _dense_logits(
     return logits
 
 
-def _values(
-    recipe: Recipe,
-    student: tuple[Tensor, Tensor, Tensor | None],
-    row_inputs: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+def _values(recipe: Recipe, given: Arguments) -> tuple[Tensor, Tensor]:
     """Values [outputs, N] in float64 and the student's logits."""
-    rest = list(teachers)
-    heads = [student]
-    heads += [
-        (rest.pop(0), rest.pop(0), rest.pop(0) if biased else None) for biased in recipe.biased[1:]
-    ]
-    logits = _dense_logits(
-        recipe, [h[0] for h in heads], [h[1] for h in heads], [h[2] for h in heads]
-    )
-    inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
+    logits, inputs = _dense_logits(recipe, given), given.inputs(recipe)
     ignored = None
     if recipe.ignore_index is not None and "labels" in inputs:
         ignored = inputs["labels"][:, 0] == recipe.ignore_index
@@ -164,63 +151,40 @@ def _values(
     return (values if ignored is None else torch.where(ignored, 0.0, values)), logits[0]
 
 
-def forward(
-    recipe: Recipe,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inputs: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+def forward(recipe: Recipe, given: Arguments) -> tuple[Tensor, Tensor]:
     """Values [outputs, N] and greedy tokens [N]."""
-    values, logits = _values(recipe, (hidden, weight, bias), row_inputs, teachers)
-    greedy = torch.empty(0, dtype=torch.int64, device=hidden.device)
+    values, logits = _values(recipe, given)
+    greedy = torch.empty(0, dtype=torch.int64, device=values.device)
     if recipe.argmax:
         greedy = logits.argmax(-1)
-        if recipe.ignore_index is not None and "labels" in recipe.input_names:
-            labels = row_inputs[recipe.input_names.index("labels")][:, 0]
-            greedy = greedy.masked_fill(labels == recipe.ignore_index, -1)
-    return values.to(accumulate_dtype(hidden.dtype)), greedy
+        labels = given.inputs(recipe).get("labels")
+        if recipe.ignore_index is not None and labels is not None:
+            greedy = greedy.masked_fill(labels[:, 0] == recipe.ignore_index, -1)
+    return values.to(accumulate_dtype(given.hidden.dtype)), greedy
 
 
-def backward(
-    recipe: Recipe,
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inputs: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-) -> list[Tensor | None]:
+def backward(recipe: Recipe, given: Arguments, grad: Tensor) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias by autograd through the dense computation.
 
     Autograd is switched off inside an op's body; a fresh thread does not inherit that.
     """
-    arguments = (recipe, grad, hidden, weight, bias, row_inputs, teachers)
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_backward, *arguments).result()
+        return pool.submit(_backward, recipe, given, grad).result()
 
 
-def _backward(
-    recipe: Recipe,
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inputs: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-) -> list[Tensor | None]:
+def _backward(recipe: Recipe, given: Arguments, grad: Tensor) -> list[Tensor | None]:
+    own = given.hidden, given.weight, given.bias
     leaves = [
         None if x is None else x.detach().double().requires_grad_(need)
-        for x, need in zip((hidden, weight, bias), recipe.needs, strict=True)
+        for x, need in zip(own, recipe.needs, strict=True)
     ]
-    assert leaves[0] is not None and leaves[1] is not None
+    hidden, weight, bias = leaves
+    assert hidden is not None and weight is not None
     with torch.enable_grad():
-        values, _ = _values(recipe, (leaves[0], leaves[1], leaves[2]), row_inputs, teachers)
+        values, _ = _values(recipe, replace(given, hidden=hidden, weight=weight, bias=bias))
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         found = list(torch.autograd.grad(values, wanted, grad.double()))
-    dtypes = (hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype)
     return [
-        found.pop(0).to(dtype) if x is not None and x.requires_grad else None
-        for x, dtype in zip(leaves, dtypes, strict=True)
+        found.pop(0).to(x.dtype) if x is not None and need else None
+        for x, need in zip(own, recipe.needs, strict=True)
     ]

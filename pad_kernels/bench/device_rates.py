@@ -61,6 +61,7 @@ def row_passes(
     """
     from pad_kernels.backends.base import RawBlock
     from pad_kernels.backends.choice import get_backend, resolve_backend
+    from pad_kernels.engine.arguments import Arguments
     from pad_kernels.engine.call import Call
     from pad_kernels.engine.problem import build_problem
     from pad_kernels.functionals import LogProb
@@ -73,7 +74,7 @@ def row_passes(
     labels = torch.randint(cols, (rows, 1), device=device)
     call = Call(Head(hidden, weight), inputs={"labels": labels}, plan=f"late:{backend}")
     recipe = resolve_backend(call.recipe([LogProb()]), device)
-    problem = build_problem(recipe, hidden, weight, None, [labels], [])
+    problem = build_problem(recipe, Arguments(hidden, weight, None, [labels], []))
     kernels, logits = get_backend(backend), torch.randn(shape, device=device).mul_(2).to(dtype)
     sums: list[Statistic] = [Normalizer(0)]
     both: list[Statistic] = [Normalizer(0), Moment(0, (1.0,))]

@@ -7,8 +7,8 @@ From a call to its gradients:
 - ``ops``, ``scaling``, ``topk``, ``candidates``: the ``torch.library`` ops, the only autograd.
 - ``plan``, ``planner``: shapes and a budget to a schedule, by bytes (``footprint``) and time
   (``costs``, of one of the ``devices``); ``explain`` prints it.
-- ``problem``: an op's tensors as streams, without the ``rows`` that do not count, its ``inputs``
-  checked, the vocabulary in an ``order`` if a filter wants one.
+- ``problem``: an op's ``arguments`` as streams, without the ``rows`` that do not count, its
+  ``inputs`` checked, the vocabulary in an ``order`` if a filter wants one.
 - ``schedule``: the block loops; ``run`` does the steps of one block, with weights from ``feed`` and
   buffers from ``workspace``; ``gradients`` is where gradients add up, by ``products`` of what the
   ``filter`` does not leave out.

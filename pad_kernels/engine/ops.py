@@ -8,7 +8,7 @@ so second derivatives raise; so are those of scaling.py, which finish early grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends import reference
 from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
+from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.gradients import GradientBuffers
 from pad_kernels.engine.order import ordered
 from pad_kernels.engine.plan import Plan
@@ -56,9 +57,8 @@ def _kept_logits(problem: Problem, plan: Plan) -> Tensor:
     return empty(shape, gemm, problem.device, limit=problem.limit, workspace=True)
 
 
-def _stats_rows(recipe: Recipe, inputs: Sequence[Tensor]) -> int:
-    named = dict(zip(recipe.input_names, inputs, strict=True))
-    return sum(s.width(named) for s in recipe.statistics)
+def _stats_rows(recipe: Recipe, inputs: Mapping[str, Tensor]) -> int:
+    return sum(s.width(inputs) for s in recipe.statistics)
 
 
 def _forward(problem: Problem, plan: Plan, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,13 +104,13 @@ def token_outputs(
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens, statistics for the backward, kept logits."""
-    todo = _read(recipe, hidden)
+    todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
     with _without_autocast(hidden.device):
         if todo.request.backend == "reference":
-            values, greedy = reference.forward(todo, hidden, weight, bias, row_inputs, teachers)
+            values, greedy = reference.forward(todo, given)
             return values, greedy, _nothing(values), _nothing(hidden)
-        plan = op_plan(todo, hidden, weight, teachers, reduced=False)
-        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
+        plan = op_plan(todo, given, reduced=False)
+        problem = build_problem(todo, given)
         kept = _kept_logits(problem, plan)
         with account.holding(kept):
             return (*_forward(problem, plan, kept), kept)
@@ -125,15 +125,14 @@ def _(
     teachers: Sequence[Tensor],
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    todo = _read(recipe, hidden)
+    todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
     rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
-    named = dict(zip(todo.input_names, row_inputs, strict=True))
-    values = hidden.new_empty((todo.outputs(named), rows), dtype=dtype)
+    values = hidden.new_empty((todo.outputs(given.inputs(todo)), rows), dtype=dtype)
     greedy = hidden.new_empty((rows if todo.argmax else 0,), dtype=torch.int64)
     if todo.request.backend == "reference":
         return values, greedy, values.new_empty(0), hidden.new_empty(0)
-    plan = op_plan(todo, hidden, weight, teachers, reduced=False)
-    stats = hidden.new_empty((_stats_rows(todo, row_inputs), rows), dtype=torch.float64)
+    plan = op_plan(todo, given, reduced=False)
+    stats = hidden.new_empty((_stats_rows(todo, given.inputs(todo)), rows), dtype=torch.float64)
     return values, greedy, stats, hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
 
 
@@ -154,17 +153,15 @@ def token_outputs_backward(
 
     ``grad`` is [outputs, N], or one number to be multiplied by ``coefficients`` [outputs, N].
     """
-    todo = _read(recipe, hidden)
+    todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
     with _without_autocast(hidden.device):
         if coefficients is not None:
             grad = coefficients * grad
         if todo.request.backend == "reference":
-            found: Sequence[Tensor | None]
-            found = reference.backward(todo, grad, hidden, weight, bias, row_inputs, teachers)
+            found: Sequence[Tensor | None] = reference.backward(todo, given, grad)
         else:
-            reduced = coefficients is not None
-            plan = op_plan(todo, hidden, weight, teachers, reduced=reduced)
-            problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, coefficients)
+            plan = op_plan(todo, given, reduced=coefficients is not None)
+            problem = build_problem(todo, given, coefficients)
             with account.holding(kept):
                 found = _backward(problem, plan, grad, stats, kept)
     first, second, third = (_nothing(hidden) if g is None else g for g in found)
@@ -257,13 +254,13 @@ def weighted_sum(
     recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """sum(coefficients * values), ``coefficients`` [outputs, N], and what its backward needs."""
-    todo = _read(recipe, hidden)
+    todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
     with _without_autocast(hidden.device):
         if todo.request.backend == "reference":
-            values, _ = reference.forward(todo, hidden, weight, bias, row_inputs, teachers)
+            values, _ = reference.forward(todo, given)
             return _sum_outputs(_weighted(values, coefficients))
-        plan = op_plan(todo, hidden, weight, teachers, reduced=True)
-        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers, coefficients)
+        plan = op_plan(todo, given, reduced=True)
+        problem = build_problem(todo, given, coefficients)
         if plan.schedule == "early" and any(todo.needs):
             return _early(problem, plan, coefficients)
         kept = _kept_logits(problem, plan)
@@ -309,18 +306,18 @@ def _(
     coefficients: Tensor,
     recipe: str,
 ) -> _Sum:
-    todo = _read(recipe, hidden)
+    todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
     dtype = accumulate_dtype(hidden.dtype)
     parts = hidden.new_empty((coefficients.shape[0],), dtype=dtype)
     if todo.request.backend == "reference":
         return _sum_outputs(parts)
-    plan = op_plan(todo, hidden, weight, teachers, reduced=True)
+    plan = op_plan(todo, given, reduced=True)
     if plan.schedule == "early" and any(todo.needs):
         needs = zip(todo.needs, (hidden, weight, bias), strict=True)
         gradients = [_like(x) if need and x is not None else None for need, x in needs]
         factors = hidden.new_empty(3, dtype=torch.float64)
         return _sum_outputs(parts, gradients, factors)
-    size = (_stats_rows(todo, row_inputs), hidden.shape[0])
+    size = (_stats_rows(todo, given.inputs(todo)), hidden.shape[0])
     stats = hidden.new_empty(size, dtype=torch.float64)
     kept = hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
     return _sum_outputs(parts, stats=stats, kept=kept)

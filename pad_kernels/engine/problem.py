@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.traits import traits
+from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.devices import generation, total_memory
 from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
 from pad_kernels.engine.inputs import muted_input
@@ -186,37 +187,13 @@ def _fuses(recipe: Recipe, hidden: Sequence[Tensor]) -> bool:
     return known and wide and recipe.sweeps == 1 and recipe.gemm.itemsize == 2
 
 
-def split_teachers(
-    recipe: Recipe, teachers: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-    """The flat list of teacher tensors as hidden states, weights and biases."""
-    hidden, weights, biases = [], [], []
-    rest = list(teachers)
-    for biased in recipe.biased[1:]:
-        hidden.append(rest.pop(0))
-        weights.append(rest.pop(0))
-        biases.append(rest.pop(0) if biased else None)
-    return hidden, weights, biases
-
-
-def op_plan(
-    recipe: Recipe, hidden: Tensor, weight: Tensor, teachers: Sequence[Tensor], *, reduced: bool
-) -> Plan:
+def op_plan(recipe: Recipe, given: Arguments, *, reduced: bool) -> Plan:
     """The plan of an op from the tensors it was called with."""
-    more_hidden, more_weights, _ = split_teachers(recipe, teachers)
-    shape = plan_shape(recipe, [hidden, *more_hidden], [weight, *more_weights], reduced=reduced)
-    return make_plan(shape, recipe.request)
+    hidden, weights, _ = zip(*given.streams(recipe), strict=True)
+    return make_plan(plan_shape(recipe, hidden, weights, reduced=reduced), recipe.request)
 
 
-def build_problem(
-    recipe: Recipe,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_inputs: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    coefficients: Tensor | None = None,
-) -> Problem:
+def build_problem(recipe: Recipe, given: Arguments, coefficients: Tensor | None = None) -> Problem:
     """Check values, leave out the rows that do not count, and put the streams together.
 
     Args:
@@ -226,36 +203,29 @@ def build_problem(
     Raises:
         ValueError: a label or candidate id is outside the vocabulary.
     """
-    inputs = dict(zip(recipe.input_names, row_inputs, strict=True))
-    rows = choose_rows(recipe, inputs, hidden.shape[0], coefficients)
+    inputs, tokens = given.inputs(recipe), given.hidden.shape[0]
+    rows = choose_rows(recipe, inputs, tokens, coefficients)
     if rows.live is not None:
         inputs = {name: x.index_select(0, rows.live) for name, x in inputs.items()}
     if rows.muted is not None:
         inputs = {
             name: muted_input(name, x, rows.muted, recipe.vocab) for name, x in inputs.items()
         }
-    more_hidden, more_weights, more_biases = split_teachers(recipe, teachers)
-    accumulate = accumulate_dtype(hidden.dtype)
+    accumulate = accumulate_dtype(given.hidden.dtype)
     streams = [
         Stream(h, w[: recipe.vocab], _row_vector(b, recipe.vocab, accumulate, h.device), head)
-        for h, w, b, head in zip(
-            [hidden, *more_hidden],
-            [weight, *more_weights],
-            [bias, *more_biases],
-            recipe.heads,
-            strict=True,
-        )
+        for (h, w, b), head in zip(given.streams(recipe), recipe.heads, strict=True)
     ]
     return Problem(
         recipe=recipe,
         streams=streams,
-        tokens=hidden.shape[0],
+        tokens=tokens,
         live=rows.live,
         rows=rows.parts[-1].stop if rows.parts else 0,
         parts=rows.parts,
         inputs=inputs,
-        weight=weight,
-        bias_dtype=None if bias is None else bias.dtype,
+        weight=given.weight,
+        bias_dtype=None if given.bias is None else given.bias.dtype,
         muted=rows.muted,
         broken=rows.broken,
     )

@@ -11,6 +11,7 @@ from pad_kernels._checks import fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
+from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.problem import build_problem, op_plan, planned_device
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.run import Run
@@ -31,8 +32,9 @@ def topk(
     if todo.request.backend == "reference":
         fail_value("plan", "a blocked backend", "'reference', which has no top-k")
     with torch.autocast(hidden.device.type, enabled=False):
-        plan = op_plan(todo, hidden, weight, teachers, reduced=False)
-        problem = build_problem(todo, hidden, weight, bias, row_inputs, teachers)
+        given = Arguments(hidden, weight, bias, row_inputs, teachers)
+        plan = op_plan(todo, given, reduced=False)
+        problem = build_problem(todo, given)
         with problem.workspace(plan) as workspace:
             stats = schedule.measure_rows(Run.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
