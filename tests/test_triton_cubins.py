@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import torch
 
 from pad_kernels.backends.triton import aot, configs
-from pad_kernels.backends.triton.launch import Launch, transform
+from pad_kernels.backends.triton.launch import Launch
+from pad_kernels.backends.triton.passes import transform
 from pad_kernels.backends.triton.shipped import EXAMPLES, launches
 from pad_kernels.heads import HeadOptions
 

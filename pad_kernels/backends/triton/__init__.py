@@ -1,13 +1,13 @@
 """Row passes in Triton; importing the modules imports triton, the package itself does not.
 
-- ``backend``: the steps that the engine asks for; each makes launches and runs them.
-- Over logits in memory: ``launch`` makes them, ``statistics`` and ``gradient`` are the kernels,
-  ``configs`` their block sizes; ``topk`` merges the largest logits.
+- ``backend``: the steps that the engine asks for; each makes a ``launch`` or two and runs them.
+- Over logits in memory: ``passes`` makes the launches, ``statistics`` and ``gradient`` are the
+  kernels, ``configs`` their block sizes; ``topk`` merges the largest logits.
 - Over products that stay on the chip: ``fused`` makes the launches for ``fused_operands``;
   ``fused_stats`` (with ``fused_state``) and ``fused_gradient`` are the kernels, made of ``tiles``,
   in the block sizes of ``tilings`` or those that ``autotune`` measures.
 - ``live``, ``live_kernels``: products over the tiles that the gradient filter keeps.
 - ``gather``: given tokens' rows of a weight.
-- Shared by kernels: ``math``, ``lists``.
+- Shared: ``columns`` puts a row's numbers side by side, kernels use ``math`` and ``lists``.
 - ``aot``, ``shipped``: compiled ahead of time, for tests on machines without a GPU.
 """

@@ -16,8 +16,9 @@ from pad_kernels.backends.choice import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
 from pad_kernels.backends.triton.gather import gather_hidden, gather_logits, scatter_weight
-from pad_kernels.backends.triton.launch import Device, Passes, run, transform
+from pad_kernels.backends.triton.launch import Device, run
 from pad_kernels.backends.triton.live import LiveTiles, multiplies
+from pad_kernels.backends.triton.passes import Passes, transform
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Problem

@@ -10,10 +10,11 @@ from triton import cdiv
 
 from pad_kernels.backends.base import HiddenRows
 from pad_kernels.backends.triton import autotune
+from pad_kernels.backends.triton.columns import Columns
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
-from pad_kernels.backends.triton.launch import Columns, Device, Launch
+from pad_kernels.backends.triton.launch import Device, Launch
 from pad_kernels.backends.triton.tilings import (
     MERGE_ROWS,
     Tiling,
@@ -150,19 +151,13 @@ def gradient_launch(
     """
     assert not terms.centred, "a settled gradient is wanted"
     whole = (tiling.rows, tiling.cols) == (tile, tile)
-    columns = Columns()
-    shifts, inverses = columns.streams(stats, used)
+    columns = Columns(stats, used)
     constants = {
         **operands.constants(tiling, tma=tma),
-        "SHIFTS": shifts,
-        "INVERSES": inverses,
-        "CONSTANT": columns.add(terms.constant),
-        "STUDENT": columns.add(terms.student),
-        "MOMENTS": tuple(columns.add(terms.moments.get(j)) for j in used),
-        "SHARES": tuple(columns.share(stats, j, terms.probabilities) for j in used),
+        **columns.linear(terms),
         "FILTER": tile,
+        "FIELDS": columns.count,
     }
-    constants["FIELDS"] = columns.count
     sparse = None
     if (listed := terms.sorted_sparse()) is not None:
         sparse = listed[0], listed[1].float(), listed[0].shape[1]

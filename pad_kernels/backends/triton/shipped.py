@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pad_kernels.backends.base import RawBlock
-from pad_kernels.backends.triton.launch import Device, Launch, Passes
+from pad_kernels.backends.triton.launch import Device, Launch
+from pad_kernels.backends.triton.passes import Passes
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.plan import PlanRequest
 from pad_kernels.engine.problem import Problem, Stream

@@ -1,0 +1,199 @@
+"""The row passes over logits in memory, as launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pad_kernels.backends.base import RawBlock
+from pad_kernels.backends.triton import configs, gradient, statistics
+from pad_kernels.backends.triton.columns import Columns
+from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers
+from pad_kernels.engine.filter import FILTER_TILE
+from pad_kernels.functionals import Divergence
+from pad_kernels.functionals.base import LogitGradient
+from pad_kernels.functionals.divergence import Outcomes
+from pad_kernels.functionals.statistics import Argmax, Moment, Normalizer, Statistic, Tail, Total
+from pad_kernels.heads import HeadOptions
+
+_VALUES = 1024
+
+
+class Passes:
+    """The passes over one block of raw logits."""
+
+    def __init__(self, block: RawBlock, device: Device) -> None:
+        self.block, self.stats, self.device = block, block.stats, device
+        self.rows, self.cols = block.shape
+
+    def _streams(self, used: Sequence[int]) -> dict[str, Any]:
+        """The arguments that describe the streams in use."""
+        logits, streams = self.block.logits, self.block.problem.streams
+        start, stop = self.block.offset, self.block.offset + self.cols
+        biases = [streams[j].bias for j in used]
+        return {
+            "logits": tuple(logits[j] for j in used),
+            "strides": tuple(logits[j].stride(0) for j in used),
+            "biases": tuple(None if b is None else b[start:stop] for b in biases),
+            "heads": tuple(head_numbers(streams[j].head) for j in used),
+            "rows": self.rows,
+            "cols": self.cols,
+        }
+
+    def _kinds(self, used: Sequence[int]) -> tuple[int, ...]:
+        return tuple(head_kind(self.block.problem.streams[j].head) for j in used)
+
+    def _split(self, config: configs.RowConfig) -> tuple[int, int, dict[str, int]]:
+        """Tiles of a program, programs of a row, and the tile's constants."""
+        itemsize = self.block.logits[0].element_size()
+        tile = config.tile(itemsize)
+        tiles = configs.tiles_of_split(self.rows, self.cols, tile, self.device.multiprocessors)
+        shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
+        return tiles, -(-self.cols // (tiles * tile)), shape
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.block.device)
+
+    def ids(self, name: str) -> Tensor:
+        """Per-row ids, ascending."""
+        return self.stats.inputs[name].sort(dim=1).values.contiguous()
+
+    def _normalizer(self, j: int) -> Tensor:
+        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
+        if (state := self.stats.get(Normalizer(j))) is not None:
+            return state
+        like = self._empty(0, dtype=torch.float64)
+        return Normalizer(j).empty(self.rows, {}, like)
+
+    def statistics(self, wanted: Sequence[Statistic]) -> tuple[Launch, Launch]:
+        """Launches that merge this block into first-sweep statistics."""
+        used = sorted(self.block.logits)
+        moments = [s for s in wanted if isinstance(s, Moment)]
+        tails = [s for s in wanted if isinstance(s, Tail)]
+        total = tuple(self.stats[s][0] for s in wanted if isinstance(s, Total))
+        greedy = next((self.stats[s][0] for s in wanted if isinstance(s, Argmax)), None)
+        tail = tuple(x for s in tails for x in self.stats[s].unbind())
+        config = configs.statistics_config(self.device.capability, len(used))
+        tiles, splits, shape = self._split(config)
+        fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
+        normalizers = [self._normalizer(j) for j in used]
+        ids = self.ids(tails[0].ids) if tails else None
+        parts = {
+            "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
+            "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
+            "rows": self.rows,
+            "offset": self.block.offset,
+        }
+        padded = [[*m.coefficients, *[0.0] * (max(used) + 1)] for m in moments]
+        constants = {
+            "WEIGHTS": tuple(used.index(m.stream) for m in moments),
+            "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in used),
+        }
+        measure = Launch(
+            statistics.row_statistics,
+            (self.rows, splits),
+            {
+                **self._streams(used),
+                **parts,
+                "ids": ids,
+                "count": 0 if ids is None else ids.shape[1],
+                "tiles": tiles,
+            },
+            {**constants, **shape, "KINDS": self._kinds(used), "TOTAL": bool(total)},
+            config.warps,
+        )
+        merge = Launch(
+            statistics.merge_statistics,
+            (-(-self.rows // configs.MERGE_ROWS),),
+            {
+                **parts,
+                "maxima": tuple(n[0] for n in normalizers),
+                "sums": tuple(n[1] for n in normalizers),
+                "moments": tuple(self.stats[m][0] for m in moments),
+                "total": total,
+                "tail": tail,
+                "argmax": greedy,
+                "splits": splits,
+            },
+            {**constants, "BLOCK": configs.MERGE_ROWS},
+        )
+        return measure, merge
+
+    def outcomes(self, statistic: Outcomes) -> tuple[Launch, Tensor]:
+        """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
+        used = [0, statistic.teacher]
+        tiles, splits, shape = self._split(configs.OUTCOMES)
+        columns = Columns(self.stats, used)
+        assert columns.streams() == ((0, 1), (2, 3))
+        columns.log_sums(statistic.teacher)
+        partial = self._empty(2, splits, self.rows, dtype=torch.float64)
+        launch = Launch(
+            gradient.row_outcomes,
+            (self.rows, splits),
+            {
+                **self._streams(used),
+                "coefficients": columns.packed(),
+                "alpha": statistic.alpha,
+                "partial": partial,
+                "tiles": tiles,
+            },
+            {
+                **shape,
+                "KINDS": self._kinds(used),
+                "DIVERGENCE": gradient.DIVERGENCES.index(statistic.kind),
+            },
+            configs.OUTCOMES.warps,
+        )
+        return launch, partial
+
+    def gradient(self, terms: LogitGradient, out: Tensor, peaks: Tensor | None) -> Launch:
+        """The launch that writes the gradient with respect to the student's raw logits."""
+        assert not terms.centred, "a settled gradient is wanted"
+        curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
+        read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
+        used = sorted(read)
+        columns = Columns(self.stats, used)
+        config = configs.gradient_config(len(used), bool(curved))
+        tiles, splits, shape = self._split(config)
+        sparse = terms.sorted_sparse()
+        outside = next(iter(terms.outside), None)
+        left_out = None if outside is None else self.ids(outside)
+        constants = {
+            **shape,
+            "KINDS": self._kinds(used),
+            **columns.linear(terms),
+            "OUTSIDE": columns.outside(terms, outside),
+            "CURVED": columns.curved(curved),
+            "FILTER": FILTER_TILE,
+            "FIELDS": columns.count,
+        }
+        arguments = {
+            **self._streams(used),
+            "out": out,
+            "out_stride": out.stride(0),
+            "coefficients": columns.packed(),
+            "sparse": None if sparse is None else (sparse[0], sparse[1].float()),
+            "count": 0 if sparse is None else sparse[0].shape[1],
+            "outside": left_out,
+            "outside_count": 0 if left_out is None else left_out.shape[1],
+            "alpha": next((f.alpha for f, _ in curved), 0.0),
+            "peaks": peaks,
+            "tiles": tiles,
+            "offset": self.block.offset,
+        }
+        return Launch(
+            gradient.row_gradient, (self.rows, splits), arguments, constants, config.warps
+        )
+
+
+def transform(head: HeadOptions, values: Tensor) -> Launch:
+    """The launch that puts contiguous float32 values behind their head, in place."""
+    return Launch(
+        gradient.transform_values,
+        (max(-(-values.numel() // _VALUES), 1),),
+        {"values": values, "head": head_numbers(head), "numel": values.numel()},
+        {"KIND": head_kind(head), "BLOCK": _VALUES},
+    )
