@@ -1,7 +1,8 @@
 """What every test shares: two threads, one seed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """``calls_of(owner, *names)``: the names of those functions, as they are called from then."""
+
+    def watch(owner: Any, *names: str) -> list[str]:
+        calls: list[str] = []
+
+        def spy(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                calls.append(name)
+                return original(*arguments)
+
+            return call
+
+        for name in names:
+            monkeypatch.setattr(owner, name, spy(name, getattr(owner, name)))
+        return calls
+
+    return watch
 
 
 @pytest.fixture

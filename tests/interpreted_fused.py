@@ -1,8 +1,8 @@
 """The fused Triton kernels under the interpreter; test_triton_fused.py runs this file."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 
@@ -207,22 +207,9 @@ class Rounded:
 
 
 @pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def fused_calls(calls_of: Callable[..., list[str]]) -> list[str]:
     """Names of the fused steps that ran."""
-    calls: list[str] = []
-
-    def watch(name: str) -> None:
-        original = getattr(fused, name)
-
-        def spy(*arguments: Any) -> Any:
-            calls.append(name)
-            return original(*arguments)
-
-        monkeypatch.setattr(triton_backend, name, spy)
-
-    watch("plan_statistics")
-    watch("plan_gradient")
-    return calls
+    return calls_of(triton_backend, "plan_statistics", "plan_gradient")
 
 
 @pytest.mark.usefixtures("multiply_float16")

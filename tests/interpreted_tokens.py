@@ -1,6 +1,6 @@
 """Largest and given tokens' logits under the interpreter; test_triton_fused.py runs this file."""
 
-from typing import Any
+from collections.abc import Callable
 
 import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 
@@ -102,22 +102,13 @@ def test_candidate_logits(dtype: torch.dtype, shape: tuple[int, int, int, int]) 
 
 @pytest.mark.parametrize(("plan", "gathers"), [(None, True), ("triton", True), ("cpp", False)])
 def test_a_named_backend_does_it(
-    monkeypatch: pytest.MonkeyPatch, plan: str | None, gathers: bool
+    monkeypatch: pytest.MonkeyPatch,
+    calls_of: Callable[..., list[str]],
+    plan: str | None,
+    gathers: bool,
 ) -> None:
     """Forward and backward, of a divergence alone and of one beside a pass."""
-    calls = []
-
-    def watch(name: str) -> None:
-        original = getattr(TritonBackend, name)
-
-        def spy(*arguments: Any) -> Any:
-            calls.append(name)
-            return original(*arguments)
-
-        monkeypatch.setattr(TritonBackend, name, spy)
-
-    watch("gather_logits")
-    watch("gather_gradients")
+    calls = calls_of(TritonBackend, "gather_logits", "gather_gradients")
     monkeypatch.setitem(choice.PREFERRED, "cpu", choice.PREFERRED["cuda"])
     hidden, weight = torch.randn(2, 16, requires_grad=True), torch.randn(9, 16)
     teacher = pk.TopKTeacher(
