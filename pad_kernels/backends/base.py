@@ -137,9 +137,8 @@ class FusedBackend(Protocol):
     ) -> Tensor | None:
         """As :meth:`Backend.gradient`, of the vocabulary entries from ``offset``.
 
-        ``weights`` has their weight rows [cols, H] of each stream.
-
-        With a filter, tiles below its bound may be left unwritten; then no bias gradient is wanted.
+        ``weights`` has their weight rows [cols, H] for each stream. With a filter, tiles below its
+        bound may be left unwritten; then no bias gradient is wanted.
         """
         ...
 
@@ -228,7 +227,7 @@ class GatheringBackend(Protocol):
         ...
 
     def gather_logits(self, given: GivenTokens, out: Tensor) -> None:
-        """Write the counted rows' products to ``out`` [N, k] in the accumulation dtype, zeros."""
+        """Write products of the counted rows to ``out`` [N, k], zeros in the accumulation dtype."""
         ...
 
     def gather_gradients(

@@ -182,12 +182,39 @@ def _differentiate_block(
 class _Piece:
     """Rows of one part on their way through the vocabulary, all of them kept or none."""
 
-    start: int
-    stop: int
+    span: slice  # of the live rows
     rows: HiddenRows
     gradient: LogitGradient
     kept: dict[int, Tensor] | None  # their raw logits [rows, V]
     fused: FusedBackend | None  # makes their gradient without logits
+
+    def differentiate(
+        self,
+        run: Run,
+        chunk: dict[int, Tensor],
+        weights: dict[int, Tensor],
+        span: tuple[int, int],
+        bound: Tensor | None,
+    ) -> Tensor | None:
+        """Write dL/dz of the vocabulary entries of ``span`` to the student's part of a chunk.
+
+        Args:
+            chunk: room for logits [live rows, cols] of every stream.
+            weights: their weight rows, for what is fused.
+
+        Returns:
+            What the filter looks at.
+        """
+        rows, out, (a, b) = self.rows, chunk[0][self.span], span
+        if self.fused is not None:
+            return self.fused.differentiate_products(rows, weights, a, self.gradient, out, bound)
+        if self.kept is not None:
+            logits = {j: z[:, a:b] for j, z in self.kept.items()}
+        else:
+            logits = {j: chunk[j][self.span] for j in rows.hidden}
+            run.logits(rows.hidden, a, b, logits)
+        block = RawBlock(run.problem, rows.stats, logits, a)
+        return run.backend.gradient(block, self.gradient, out, bound)
 
 
 def differentiate_vocabulary(
@@ -216,23 +243,10 @@ def differentiate_vocabulary(
     for a, b in blocks(problem.recipe.vocab, plan.vocab_block):
         chunk = run.logits_in(room, range(len(problem.streams)), total, b - a)
         weights = run.weights(read, a, b)
-        peaks = []
-        for piece in pieces:
-            span = slice(piece.start, piece.stop)
-            rows, dz = piece.rows, chunk[0][span]
-            if piece.fused is not None:
-                found = piece.fused.differentiate_products(
-                    rows, weights, a, piece.gradient, dz, bound
-                )
-            else:
-                if piece.kept is not None:
-                    logits = {j: z[:, a:b] for j, z in piece.kept.items()}
-                else:
-                    logits = {j: chunk[j][span] for j in rows.hidden}
-                    run.logits(rows.hidden, a, b, logits)
-                block = RawBlock(problem, rows.stats, logits, a)
-                found = run.backend.gradient(block, piece.gradient, dz, bound)
-            peaks.append((span, found))
+        peaks = [
+            (piece.span, piece.differentiate(run, chunk, weights, (a, b), bound))
+            for piece in pieces
+        ]
         out.add_columns(run, chunk[0], student, (a, b), peaks, bound)
 
 
@@ -256,11 +270,12 @@ def _pieces(
             of_rows = {j: h[a - part.start : b - part.start] for j, h in hidden.items()}
             rows = HiddenRows(problem, stats.rows(a, b), of_rows)
             gradient = _settled_gradient(problem, part, grad[:, a:b], rows.stats)
+            logits, fused = None, None
             if kept is not None and b <= held:
                 logits = {j: kept[j, a:b] for j in of_rows}
-                found.append(_Piece(a, b, rows, gradient, logits, None))
             else:
-                found.append(_Piece(a, b, rows, gradient, None, run.fused(part, rows)))
+                fused = run.fused(part, rows)
+            found.append(_Piece(slice(a, b), rows, gradient, logits, fused))
     return found
 
 
