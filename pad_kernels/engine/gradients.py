@@ -10,11 +10,9 @@ from torch import Tensor
 from pad_kernels._dtypes import product_dtype
 from pad_kernels.backends.base import LiveTiles
 from pad_kernels.engine.filter import column_runs
-from pad_kernels.engine.plan import Plan
-from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.products import add_product, multiply, multiply_in_blocks
 from pad_kernels.engine.run import Run
-from pad_kernels.engine.workspace import Workspace, empty
+from pad_kernels.engine.workspace import empty
 
 #: Exponent of the largest upstream gradient that float16 operands are made of. It leaves room for
 #: slopes of some thousand, and 1 / V of the largest vocabularies is still a normal number.
@@ -33,8 +31,10 @@ class GradientBuffers:
     Products are then written in float32, and the power is taken out at the end.
     """
 
-    def __init__(self, problem: Problem, plan: Plan, workspace: Workspace, *, early: bool) -> None:
-        self.problem, self.plan, self.workspace, self.early = problem, plan, workspace, early
+    def __init__(self, run: Run, *, early: bool) -> None:
+        self.run, self.early = run, early
+        self.problem, self.plan, self.workspace = run.problem, run.plan, run.workspace
+        problem, plan, workspace = run.problem, run.plan, run.workspace
         needs, student = problem.recipe.needs, problem.streams[0]
         accumulate, device = problem.accumulate, problem.device
         self.hidden: Tensor | None = None
@@ -81,7 +81,6 @@ class GradientBuffers:
 
     def add_rows(
         self,
-        run: Run,
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],
@@ -91,12 +90,12 @@ class GradientBuffers:
         """Add a token block: ``dz`` [rows, V] of the live rows of ``span``, filtered."""
         if self.bias is not None:
             self.bias[: dz.shape[1]] += dz.sum(0, dtype=self.bias.dtype)
-        if (live := run.live_tiles(hidden, dz, peaks, bound)) is not None:
+        if (live := self.run.live_tiles(hidden, dz, peaks, bound)) is not None:
             self._add_live_rows(live, hidden, span)
             return
         runs = column_runs([peaks], bound, dz.shape[1])
         if self.hidden is not None:
-            self._set_hidden(run, dz, span, runs)
+            self._set_hidden(dz, span, runs)
         if self.weight is not None:
             self._add_weight(dz, hidden, runs)
 
@@ -125,11 +124,9 @@ class GradientBuffers:
         else:
             target.index_copy_(0, live[span[0] : span[1]], found.to(target.dtype))
 
-    def _set_hidden(
-        self, run: Run, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]
-    ) -> None:
+    def _set_hidden(self, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]) -> None:
         student, gemm = self.problem.streams[0], self.problem.recipe.gemm
-        rows, copy = dz.shape[0], run.copies[0]
+        rows, copy = dz.shape[0], self.run.copies[0]
         part = self._buffer("product", self.plan.token_block, student.weight, self._product)[:rows]
         if copy is None and runs == [(0, dz.shape[1])]:
             found = multiply_in_blocks(dz, student.weight, part)
@@ -171,7 +168,6 @@ class GradientBuffers:
 
     def add_columns(
         self,
-        run: Run,
         dz: Tensor,
         hidden: Tensor,
         span: tuple[int, int],
@@ -186,7 +182,7 @@ class GradientBuffers:
         start, stop = span
         if self.bias is not None:
             torch.sum(dz, 0, dtype=self.bias.dtype, out=self.bias[start:stop])
-        live = [(rows, run.live_tiles(hidden[rows], dz[rows], p, bound)) for rows, p in peaks]
+        live = [(rows, self.run.live_tiles(hidden[rows], dz[rows], p, bound)) for rows, p in peaks]
         if all(tiles is not None for _, tiles in live):
             self._add_live_columns(live, hidden, span)
             return
@@ -201,7 +197,7 @@ class GradientBuffers:
         if total.dtype != gemm:
             part = self._buffer("product", total.shape[0], total, self._product)
         for a, b in runs:
-            weight = student.weights(start + a, start + b, gemm, run.copies[0])
+            weight = student.weights(start + a, start + b, gemm, self.run.copies[0])
             add_product(total, dz[:, a:b], weight, part)
 
     def _add_live_columns(

@@ -84,7 +84,7 @@ def _backward(
         if plan.ordered:
             problem = ordered(problem, workspace)
         run = Run.start(problem, plan, workspace)
-        buffers = GradientBuffers(problem, plan, workspace, early=False)
+        buffers = GradientBuffers(run, early=False)
         held = kept if kept.numel() else None
         schedule.differentiate_vocabulary(run, upstream, stats, held, buffers)
         hidden, weight, bias, _ = buffers.finish()
@@ -284,8 +284,8 @@ def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
     with problem.workspace(plan) as workspace:
         if plan.ordered:
             problem = ordered(problem, workspace)
-        buffers = GradientBuffers(problem, plan, workspace, early=True)
         run = Run.start(problem, plan, workspace)
+        buffers = GradientBuffers(run, early=True)
         if stats is None:
             values = schedule.differentiate_tokens(run, weights, buffers)
         else:

@@ -155,7 +155,7 @@ def differentiate_tokens(run: Run, weights: Tensor, out: GradientBuffers) -> Ten
             block = RawBlock(problem, stats, logits, 0)
             peaks = _differentiate_block(run, part, block, weights[:, a:b], bound)
             _values(problem, part, stats, values[:, a:b])
-            out.add_rows(run, logits[0], hidden[0], (a, b), peaks, bound)
+            out.add_rows(logits[0], hidden[0], (a, b), peaks, bound)
     return values
 
 
@@ -247,7 +247,7 @@ def differentiate_vocabulary(
             (piece.span, piece.differentiate(run, chunk, weights, (a, b), bound))
             for piece in pieces
         ]
-        out.add_columns(run, chunk[0], student, (a, b), peaks, bound)
+        out.add_columns(chunk[0], student, (a, b), peaks, bound)
 
 
 def _pieces(
