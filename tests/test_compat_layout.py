@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pad_kernels.compat import liger
+from pad_kernels.compat import cut_cross_entropy, liger
 from pad_kernels.compat.cut_cross_entropy import linear_cross_entropy
+
+#: package -> what stands in for it
+STAND_INS = {"cut_cross_entropy": cut_cross_entropy, "liger_kernel": liger}
 
 LOSSES = ("cpo", "dpo", "jsd", "kto", "orpo", "simpo")
 CLASSES = {"cpo": "CPO", "dpo": "DPO", "jsd": "JSD", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO"}
 
 #: module below liger_kernel -> names
-LIGER = {
+_LIGER = {
     "chunked_loss": [f"LigerFusedLinear{CLASSES[x]}Loss" for x in LOSSES],
     "chunked_loss.functional": [f"liger_fused_linear_{x}" for x in LOSSES],
     "transformers": ["LigerFusedLinearCrossEntropyLoss", "LigerFusedLinearJSD"],
@@ -38,34 +41,42 @@ LIGER = {
     for x in LOSSES
 }
 
+#: module of another package -> names
+NAMES = {f"liger_kernel.{module}": names for module, names in _LIGER.items()} | {
+    "cut_cross_entropy": ["LinearCrossEntropy", "LinearCrossEntropyImpl", "linear_cross_entropy"],
+    "cut_cross_entropy.constants": ["IGNORE_INDEX"],
+    "cut_cross_entropy.utils": ["compute_z_loss", "softcapping"],
+}
+
 
 @pytest.fixture
 def swapped() -> Iterator[None]:
-    """``liger_kernel`` is ours for a while, as the documentation has it."""
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_liger(name)}
-    sys.modules["liger_kernel"] = liger
+    """The other packages are ours for a while, as the documentation has it."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_swapped(name)}
+    sys.modules.update(STAND_INS)
     yield
     for name in list(sys.modules):
-        if _is_liger(name):
+        if _is_swapped(name):
             del sys.modules[name]
     sys.modules.update(kept)
 
 
-def _is_liger(name: str) -> bool:
-    return name.split(".")[0] == "liger_kernel"
+def _is_swapped(name: str) -> bool:
+    return name.split(".")[0] in STAND_INS
 
 
-@pytest.mark.parametrize("module", LIGER)
+@pytest.mark.parametrize("module", NAMES)
 def test_names(module: str) -> None:
-    found = importlib.import_module(f"pad_kernels.compat.liger.{module}")
-    assert [name for name in LIGER[module] if not hasattr(found, name)] == []
+    package, dot, below = module.partition(".")
+    found = importlib.import_module(STAND_INS[package].__name__ + dot + below)
+    assert [name for name in NAMES[module] if not hasattr(found, name)] == []
 
 
 @pytest.mark.usefixtures("swapped")
-@pytest.mark.parametrize("module", LIGER)
+@pytest.mark.parametrize("module", NAMES)
 def test_whole_package_swapped(module: str) -> None:
-    found = importlib.import_module(f"liger_kernel.{module}")
-    assert [name for name in LIGER[module] if not hasattr(found, name)] == []
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module] if not hasattr(found, name)] == []
 
 
 @pytest.mark.usefixtures("swapped")

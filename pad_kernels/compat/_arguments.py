@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import FLOATS, check_flag, check_integer, check_tensor, fail_value
+from pad_kernels._checks import (
+    FLOATS,
+    check_flag,
+    check_integer,
+    check_tensor,
+    fail_type,
+    fail_value,
+)
+from pad_kernels.engine.call import autocast_dtype
 
 LABELS = (torch.int64, torch.int32)
 
 
 def check_head(*, ndim: int | None = None, **tensors: Tensor | None) -> None:
     """Check an LM head given as hidden states, weight and (if not None) bias, in that order.
-
-    Dtypes that do not go together are left to the op, which knows whether autocast is on.
 
     Args:
         ndim: number of dimensions of the hidden states; default any but 0.
@@ -30,11 +36,25 @@ def check_head(*, ndim: int | None = None, **tensors: Tensor | None) -> None:
     if bias is not None:
         shape = (weight.shape[0],)
         check_tensor(bias_name, bias, dtypes=FLOATS, shape=shape, device=hidden.device)
+    mixed = autocast_dtype(hidden.device) is not None
+    for name, x in ((weight_name, weight), (bias_name, bias)):
+        if x is not None and x.dtype != hidden.dtype and not mixed:
+            fail_type(name, f"{hidden_name}'s dtype {hidden.dtype}", x.dtype)
 
 
 def check_labels(name: str, labels: Tensor, hidden: Tensor) -> None:
     """Check labels that are to have the leading shape of ``hidden``."""
     check_tensor(name, labels, dtypes=LABELS, shape=hidden.shape[:-1], device=hidden.device)
+
+
+def check_shift(shift: bool | int, labels: Tensor) -> int:
+    """Number of positions by which labels are ahead of the hidden states that predict them."""
+    # Named bool or int in the signature: True is a shift by one.
+    steps = int(shift) if isinstance(shift, bool) else check_integer("shift", shift, at_least=0)
+    length = labels.shape[-1] if labels.dim() else 0
+    if steps and steps >= length:
+        fail_value("shift", f"a number of positions in [0, {length})", shift)
+    return steps
 
 
 def check_schedule(compiled: bool, chunk_size: int) -> None:

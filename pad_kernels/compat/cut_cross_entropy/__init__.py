@@ -1,6 +1,6 @@
 """Cut Cross-Entropy's ``linear_cross_entropy`` and module, with its signature.
 
-In place of ``from cut_cross_entropy import linear_cross_entropy``.
+In place of ``from cut_cross_entropy import linear_cross_entropy``; ``utils`` has its z-loss.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import pad_kernels as pk
 from pad_kernels._checks import (
     check_choice,
     check_flag,
-    check_integer,
     check_number,
     fail_value,
 )
-from pad_kernels.compat._arguments import check_head, check_labels
+from pad_kernels.compat._arguments import check_head, check_labels, check_shift
+from pad_kernels.compat.cut_cross_entropy.constants import IGNORE_INDEX
 
 
 class LinearCrossEntropyImpl(IntEnum):
@@ -56,20 +56,12 @@ def _check_accuracy(
         fail_value("vocab_parallel_options", "None: a whole vocabulary", "options")
 
 
-def _shift(shift: bool | int, length: int) -> int:
-    # Named bool or int in the signature: True is a shift by one.
-    steps = int(shift) if isinstance(shift, bool) else check_integer("shift", shift, at_least=0)
-    if steps and steps >= length:
-        fail_value("shift", f"a number of positions in [0, {length})", shift)
-    return steps
-
-
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     softcap: float | None = None,
     reduction: str = "mean",
     shift: bool | int = 0,
@@ -127,7 +119,7 @@ def linear_cross_entropy(
         "filter_c_grad": filter_c_grad,
     }
     _check_accuracy(filter_eps, flags, impl, vocab_parallel_options)
-    steps = _shift(shift, targets.shape[-1] if targets.dim() else 0)
+    steps = check_shift(shift, targets)
     labels = targets
     if steps:
         # Labels move, not the hidden states: a slice of those would be copied.
@@ -165,7 +157,7 @@ class LinearCrossEntropy(nn.Module):
 
     def __init__(
         self,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         softcap: float | None = None,
         reduction: str = "mean",
         shift: bool | int = 0,

@@ -1,0 +1,3 @@
+"""``cut_cross_entropy.constants``."""
+
+IGNORE_INDEX: int = -100
