@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,6 +140,27 @@ def test_liger_without_labels(class_weights: bool) -> None:
     assert not gradient.any()
 
 
+def liger_loss(hidden: Tensor, weight: Tensor, labels: Tensor, classes: Tensor) -> Any:
+    return LigerFusedLinearCrossEntropyLoss(classes, label_smoothing=0.1)(weight, hidden, labels)
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    return torch_nn.linear_cross_entropy(
+        hidden, weight, labels, weight=classes, label_smoothing=0.1
+    )
+
+
+@pytest.mark.parametrize("call", [liger_loss, torch_loss])
+def test_mean_over_labels_without_weight(call: Callable[..., Tensor]) -> None:
+    """Smoothing has other classes count, but there is nothing to divide by."""
+    x = case(torch.float32)
+    hidden, classes = x.hidden.requires_grad_(), torch.ones(V)
+    classes[3] = 0
+    loss = call(hidden, x.weight, torch.full((N,), 3), classes)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, hidden)[0].any()
+
+
 def test_liger_under_autocast() -> None:
     x = case(torch.float32)
     plain = LigerFusedLinearCrossEntropyLoss(torch.rand(V), label_smoothing=0.1, softcap=9.0)
@@ -237,7 +259,9 @@ def test_cce_lse_and_positions() -> None:
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"e": torch.zeros(2, 5, H)}, ValueError, "targets"),
         ({"c": torch.zeros(V, H + 1)}, ValueError, "c: "),
+        ({"c": torch.zeros(V, H).double()}, TypeError, "c: expected e's dtype"),
         ({"bias": torch.zeros(V + 1)}, ValueError, "bias"),
+        ({"bias": torch.zeros(V).half()}, TypeError, "bias: expected e's dtype"),
     ],
 )
 def test_bad_input_of_cce(change: dict[str, Any], error: type, words: str) -> None:

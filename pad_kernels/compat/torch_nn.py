@@ -5,6 +5,7 @@ In place of ``import torch.nn.functional as F`` where ``F.linear_cross_entropy``
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,5 +96,5 @@ def linear_cross_entropy(
     total = losses.sum()
     if reduction == "mean":
         weights = label_weights(weight.to(losses.dtype), target, ignored).sum()
-        total = total / torch.where(weights == 0, 1.0, weights)
+        total = total / torch.where(weights == 0, math.inf, weights)
     return total

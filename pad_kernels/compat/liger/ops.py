@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class _CrossEntropy:
         if reduction != "mean":
             return values if reduction == "none" else values.sum()
         divisor = self.counted.sum() if divisor is None else divisor
-        return values.sum() / torch.where(divisor == 0, 1.0, divisor)
+        return values.sum() / torch.where(divisor == 0, math.inf, divisor)
 
     def stats(self) -> pk.TokenStats:
         """Per-token statistics without gradient."""
