@@ -190,7 +190,7 @@ def linear_cross_entropy(
         hidden, weight, labels and the head options: as in :func:`linear_logprob`; ``plan`` may also
             be "early" (gradients are made in the forward pass) unless ``reduction="none"``.
         reduction: "mean", "sum" or "none".
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
         z_loss: coefficient of logsumexp**2, >= 0; part of the returned loss.
         token_weights: like ``labels``, float; may require grad.
         normalizer: what "mean" divides by, a number or 0-d tensor (a trainer's num_items_in_batch);
@@ -209,14 +209,16 @@ def linear_cross_entropy(
         tensor(2.3026)
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, below=1.0)
+    smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     z_weight = check_number("z_loss", z_loss, at_least=0.0)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = _call(head, labels, ignore_index, shift, cu_seqlens, plan)
     weights = check_weights("token_weights", token_weights, labels.shape, labels.device)
     divisor = check_normalizer(normalizer, reduction, hidden.device)
 
-    terms: list[tuple[Functional, float]] = [(LogProb(), smoothing - 1)]
+    terms: list[tuple[Functional, float]] = []
+    if smoothing < 1:
+        terms += [(LogProb(), smoothing - 1)]
     if smoothing:
         terms += [(LogSumExp(), smoothing), (LogitSum(), -smoothing / call.vocab)]
     if z_weight:

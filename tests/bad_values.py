@@ -289,7 +289,7 @@ BAD: dict[str, Callable[[Values], Values]] = {
     "labels": labels,
     "plan": lambda g: plans("reduction" not in g or "teacher_rewards" in g),
     "reduction": lambda g: choices(),
-    "label_smoothing": lambda g: numbers(-0.1, 1.0, required=False),
+    "label_smoothing": lambda g: numbers(-0.1, 1.1, required=False),
     "z_loss": lambda g: numbers(-1.0),
     "token_weights": lambda g: floats(g["token_weights"], False),
     "normalizer": normalizers,

@@ -281,7 +281,7 @@ def test_bad_input_of_cce(change: dict[str, Any], error: type, words: str) -> No
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("class_weights", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
 def test_torch(dtype: torch.dtype, reduction: str, class_weights: bool, smoothing: float) -> None:
     x = case(dtype, 5, smoothing > 0)
     classes = torch.rand(V).to(dtype) if class_weights else None

@@ -58,7 +58,7 @@ def linear_cross_entropy(
         weight: [C] floating point, a weight per class; the mean divides by the targets' weights.
         reduction: "mean", "sum" or "none".
         ignore_index: target that does not count; None is -100.
-        label_smoothing: in [0, 1) (with ``weight`` [0, 1]).
+        label_smoothing: in [0, 1].
         options: None or a ``torch.nn.LinearCrossEntropyOptions``: ``allow_retain_graph=True``
             allows a second backward; how to chunk has no effect, the schedule is planned.
 

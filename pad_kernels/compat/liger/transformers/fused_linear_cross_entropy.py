@@ -19,7 +19,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         ce_weight: [V] floating point, a weight per class; the mean divides by the labels' weights.
         ignore_index: label of tokens that do not count.
         lse_square_scale: coefficient of logsumexp² (z-loss), part of the loss; no class weights.
-        label_smoothing: in [0, 1) (with ``ce_weight`` [0, 1]).
+        label_smoothing: in [0, 1].
         reduction: "mean", "sum" or "none".
         softcap: logit soft cap, > 0.
         return_z_loss: return the z-loss too, for logging.
