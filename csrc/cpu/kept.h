@@ -14,12 +14,13 @@ namespace {
 template <class T>
 class Kept {
  public:
-  static constexpr int64_t kMaxTiles = 256;
+  static int64_t bytes(int64_t cols) { return 2 * (cols + tiles(cols)) * int64_t(sizeof(T)); }
 
-  static int64_t bytes(int64_t cols) { return 2 * cols * int64_t(sizeof(T)); }
-  static bool fits(int64_t cols) { return cols <= kMaxTiles * kTile; }
-
-  Kept(void* room, int64_t cols) : exps_{static_cast<T*>(room), static_cast<T*>(room) + cols} {}
+  Kept(void* room, int64_t cols) {
+    T* next = static_cast<T*>(room);
+    for (int j = 0; j < 2; ++j, next += cols) exps_[j] = next;
+    for (int j = 0; j < 2; ++j, next += tiles(cols)) maximum_[j] = next;
+  }
 
   // Where the exponentials of columns [col, col + n) go. `col` is a multiple of kTile.
   T* start(int stream, int64_t col, int64_t n, T maximum) {
@@ -33,8 +34,10 @@ class Kept {
   }
 
  private:
+  static int64_t tiles(int64_t cols) { return (cols + kTile - 1) / kTile; }
+
   T* exps_[2];
-  T maximum_[2][kMaxTiles];
+  T* maximum_[2];
 };
 
 }  // namespace

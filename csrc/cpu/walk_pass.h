@@ -60,8 +60,7 @@ constexpr int64_t kWalkRows = 16;
 // Whether each sweep reads two streams in one loop: those keep and take exponentials.
 template <class Z>
 bool keeps(const StatisticsPlan<Z>& first, const GradientPlan<Z>& last) {
-  return streams_of_one_loop(first) == 2 && (last.pair || last.diverges) &&
-         !last.args.tile_absmax && Kept<typename Accumulator<Z>::type>::fits(last.args.cols);
+  return streams_of_one_loop(first) == 2 && (last.pair || last.diverges) && !last.args.tile_absmax;
 }
 
 // Memory for what is kept of a row, in the place of a stream's logits of rows before `end`.
@@ -99,10 +98,11 @@ void walk(const WalkArgs& args) {
   for (int64_t begin = 0; begin < rows; begin += kWalkRows) {
     const int64_t end = smaller(rows, begin + kWalkRows);
     const Room room = wanted ? room_from<Z>(args.first.stream[1], begin, cols) : Room{nullptr, end};
-    for (int64_t row = begin; row < end; ++row) {
-      Kept<T> kept(room.memory, cols);
-      walk_row<Z, T>(args, first, last, row, row < room.end ? nullptr : &kept);
-    }
+    int64_t row = begin;
+    for (; row < smaller(end, room.end); ++row) walk_row<Z, T>(args, first, last, row, nullptr);
+    if (row == end) continue;
+    Kept<T> kept(room.memory, cols);
+    for (; row < end; ++row) walk_row(args, first, last, row, &kept);
   }
 }
 
