@@ -10,6 +10,7 @@ from row_pass_harness import (
     C,
     State,
     Stream,
+    acc_of,
     assert_as_good,
     make_streams,
 )
@@ -105,9 +106,11 @@ class Case:
             *([m.data_ptr() for m in alone.maxima], [s.data_ptr() for s in alone.sums]),
             [(w, c, m.data_ptr()) for (w, c), m in zip(moments, alone.moment, strict=True)],
         )
-        assert state.maxima.equal(alone.maxima) and state.sums.equal(alone.sums)
+        assert state.maxima.equal(alone.maxima)
+        rtol = 4 * torch.finfo(acc_of(out.dtype)).eps  # loops that keep something are compiled anew
+        torch.testing.assert_close(state.sums, alone.sums, rtol=rtol, atol=0)
         if one_sweep:
-            assert state.moment.equal(alone.moment)
+            torch.testing.assert_close(state.moment, alone.moment, rtol=4 * rtol, atol=40 * rtol)
             student, teacher = state.sums
             value = state.moment[0] / teacher + (student / teacher).log()
         self.overwritten = not streams[1].logits.equal(self.streams[1].logits)
@@ -124,6 +127,18 @@ class Case:
         d.scatter_add_(1, self.label, self.sparse.to(dtype))
         return value.detach(), d * chain
 
+    def judge(self, value: Tensor, out: Tensor) -> None:
+        """The accuracy rule; of float64, whose oracle rounds as well, by the size of the logits."""
+        exact, exact_gradient = self.dense(torch.float64)
+        dense, dense_gradient = self.dense(acc_of(out.dtype))
+        reach = sum(s.transformed()[0].abs().amax(1) for s in self.streams)
+        sizes = (reach, exact_gradient.abs() * reach[:, None])
+        double = out.dtype == torch.float64
+        assert_as_good(value, exact, dense, 2, sizes[0] if double else None)
+        assert_as_good(
+            out, exact_gradient, dense_gradient.to(out.dtype), 3, sizes[1] if double else None
+        )
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -136,11 +151,7 @@ def test_values_and_gradient(dtype: torch.dtype, kind: str, cols: int) -> None:
     case = Case(kind, ROWS, cols, dtype, "plain")
     value, out, _ = case.walk()
     assert case.overwritten
-    exact, exact_gradient = case.dense(torch.float64)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    dense, dense_gradient = case.dense(acc)
-    assert_as_good(value, exact, dense, 2)
-    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+    case.judge(value, out)
 
 
 @pytest.mark.parametrize("kind", ["symmetric jsd", "skew_forward_kl", "forward_kl"])
@@ -154,10 +165,7 @@ def test_every_tile_has_a_maximum_of_its_own(dtype: torch.dtype, slope: float, k
         stream.logits += torch.linspace(0, slope, 17000).to(dtype)
     value, out, _ = case.walk()
     assert case.overwritten
-    exact, exact_gradient = case.dense(torch.float64)
-    dense, dense_gradient = case.dense(torch.float32)
-    assert_as_good(value, exact, dense, 2)
-    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+    case.judge(value, out)
 
 
 @pytest.mark.parametrize("head", ["bias", "all"])
@@ -167,11 +175,7 @@ def test_other_heads_keep_nothing(dtype: torch.dtype, head: str) -> None:
     case = Case("jsd", ROWS, 507, dtype, head)
     value, out, _ = case.walk()
     assert not case.overwritten
-    exact, exact_gradient = case.dense(torch.float64)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    dense, dense_gradient = case.dense(acc)
-    assert_as_good(value, exact, dense, 2)
-    assert_as_good(out, exact_gradient, dense_gradient.to(dtype), 3)
+    case.judge(value, out)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 63])
@@ -180,10 +184,7 @@ def test_few_rows_make_one_pass_after_the_other(rows: int) -> None:
     case = Case("jsd", rows, 507, torch.float32, "plain")
     value, out, _ = case.walk()
     assert not case.overwritten
-    exact, exact_gradient = case.dense(torch.float64)
-    dense, dense_gradient = case.dense(torch.float32)
-    assert_as_good(value, exact, dense, 2)
-    assert_as_good(out, exact_gradient, dense_gradient, 3)
+    case.judge(value, out)
 
 
 @pytest.mark.parametrize("kind", ["jsd", "forward_kl"])

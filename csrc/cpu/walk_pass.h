@@ -10,7 +10,7 @@ namespace pad {
 namespace PAD_ISA {
 namespace {
 
-// What is known of a whole row, segment by segment as over_rows does it: the same bits.
+// What is known of a whole row, segment by segment as over_rows does it.
 template <class Part, class Segment, class Join>
 Part join_segments(int64_t cols, Segment segment, Join join) {
   const int64_t width = segment_width(cols);
