@@ -64,6 +64,7 @@ class Head:
         weight: head weight [V, H], same dtype as ``hidden`` (under autocast any floating dtype).
             A teacher's may stay on the CPU while its hidden states are on a GPU: it is sent over
             chunk by chunk, from pinned memory beside the matrix products. So does its bias.
+            Change one in pinned memory only when the device has done with the step that reads it.
         bias: optional bias [V].
         softcap: final logit soft cap, > 0, or None.
         logit_scale: factor on the raw logits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -70,35 +70,36 @@ def weight_chunks(
 
 
 class Lane(Protocol):
-    """Copies that run beside the products."""
+    """Copies that run beside the products of one reader."""
 
-    def send(self, target: Tensor, source: Tensor) -> None:
-        """Start a copy, after every product that was asked for so far."""
-        ...
+    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Start a copy, after every product that was asked for so far.
 
-    def arrive(self) -> None:
-        """Let the products from here on wait for the oldest copy that nobody waited for yet."""
+        What is returned lets every product from its call on wait for this copy.
+        """
         ...
 
 
 class _SideStream:
-    """A CUDA stream of its own; from pinned memory its copies overlap the products."""
+    """A CUDA stream beside the current one; from pinned memory its copies overlap the products.
+
+    Nothing of it outlives its reader: events that wait for nobody, or for another thread, would
+    let a product read what has not arrived.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._under_way: list[torch.cuda.Event] = []
+        # Of the tensors' device, which need not be the current one.
+        self._products = torch.cuda.current_stream(device)
+        self._copies = torch.cuda.Stream(device)  # out of torch's pool: nothing is created
 
-    def send(self, target: Tensor, source: Tensor) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(target.device))
-        with torch.cuda.stream(self._stream):
+    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        self._copies.wait_stream(self._products)
+        with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-            self._under_way.append(self._stream.record_event())
-
-    def arrive(self) -> None:
-        self._under_way.pop(0).wait()
+            arrived = self._copies.record_event()
+        return functools.partial(self._products.wait_event, arrived)
 
 
-@functools.cache
 def _lane(device: torch.device) -> Lane:
     return _SideStream(device)
 
@@ -112,20 +113,27 @@ def _sent(
     places = [buffer[:half], buffer[-half:]]
     spans = [(start + a, start + b) for a, b in blocks(stop - start, half)]
 
-    def send(index: int) -> Tensor:
+    def send(index: int) -> tuple[Tensor, Callable[[], None]]:
         a, b = spans[index]
         place = places[index % 2][: b - a]
-        lane.send(place, weight[a:b])
-        return place
+        return place, lane.send(place, weight[a:b])
 
     # A buffer of one row has one place, which is free when its product has been asked for.
     ahead = buffer.shape[0] > 1
-    coming = send(0) if spans else buffer
-    for i, (a, b) in enumerate(spans):
-        piece, last = coming, i + 1 == len(spans)
-        if ahead and not last:
-            coming = send(i + 1)
-        lane.arrive()
-        yield a, b, piece
-        if not ahead and not last:
-            coming = send(i + 1)
+    coming = send(0) if spans else None
+    try:
+        for i, (a, b) in enumerate(spans):
+            assert coming is not None
+            piece, arrive = coming
+            more = i + 1 < len(spans)
+            if ahead and more:
+                coming = send(i + 1)
+            arrive()
+            yield a, b, piece
+            if not ahead and more:
+                coming = send(i + 1)
+    finally:
+        # A reader that stops in between gives the buffer back: its next user must not be written
+        # over by the copy that is still under way.
+        if coming is not None:
+            coming[1]()

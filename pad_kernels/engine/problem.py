@@ -234,5 +234,8 @@ def build_problem(recipe: Recipe, given: Arguments, coefficients: Tensor | None 
 def _row_vector(
     bias: Tensor | None, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The bias of the real entries as row passes read it: contiguous, in their dtype."""
-    return None if bias is None else bias[:vocab].to(device, dtype).contiguous()
+    """The bias of the real entries as row passes read it: contiguous, in their dtype.
+
+    One that lies on the CPU is on its way when the host goes on.
+    """
+    return None if bias is None else bias[:vocab].to(device, dtype, non_blocking=True).contiguous()
