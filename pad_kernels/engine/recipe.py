@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pad_kernels.engine.plan import PlanRequest
-from pad_kernels.functionals.base import Functional, from_data, to_data
+from pad_kernels.functionals.base import Functional, from_data, parameters, to_data
 from pad_kernels.functionals.statistics import Argmax, Largest, Statistic
 from pad_kernels.heads import HeadOptions
 
@@ -62,9 +62,9 @@ class Recipe:
             **{name: getattr(self, name) for name in ("biased", "input_names", "vocab")},
             **{name: getattr(self, name) for name in ("ignore_index", "needs", "argmax", "topk")},
             "functionals": [to_data(f) for f in self.functionals],
-            "heads": [asdict(h) for h in self.heads],
+            "heads": [parameters(h) for h in self.heads],
             "gemm": str(self.gemm).removeprefix("torch."),
-            "request": asdict(self.request),
+            "request": parameters(self.request),
         }
         return _literal(data)
 

@@ -154,9 +154,18 @@ def register(cls: FunctionalType) -> FunctionalType:
     return cls
 
 
+def parameters(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass of plain data.
+
+    Not ``asdict``: that copies them on Python 3.11 and before, and until torch 2.13 torch.compile
+    cannot follow it.
+    """
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+
+
 def to_data(functional: Functional) -> list[Any]:
     """A functional as plain data: its name and parameters."""
-    return [type(functional).__name__, dataclasses.asdict(functional)]
+    return [type(functional).__name__, parameters(functional)]
 
 
 def from_data(data: list[Any]) -> Functional:
