@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import cuda_on_cpu
 import device_large
 import device_parity
 import parity_cases
@@ -50,6 +51,15 @@ def test_a_few_checks_of_every_group(group: str, only: str, least: int) -> None:
     outcome = device_parity.run(backend + group, DEVICE, only)
     assert not outcome.failed
     assert outcome.passed + sum(outcome.refused.values()) >= least
+
+
+@pytest.mark.parametrize("group", ["early1/odd", "kept0.5/planned"])
+def test_a_backend_that_only_a_gpu_has(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks are made for whatever backend they are asked for, not only for those of a CPU."""
+    monkeypatch.setattr(device_parity, "backends", lambda device: ["cuda"])
+    with cuda_on_cpu.in_place_of_a_gpu(cuda_on_cpu.load()):
+        outcome = device_parity.run(f"cuda/bfloat16/{group}", DEVICE, "every_option")
+    assert outcome.passed and not outcome.failed
 
 
 def test_losses_over_responses_and_the_reference() -> None:
