@@ -32,6 +32,7 @@ import torch
 from parity_cases import Route
 
 import pad_kernels as pk
+from pad_kernels._dtypes import gemm_dtype
 from pad_kernels.engine.call import Call
 from pad_kernels.engine.workspace import account
 
@@ -184,9 +185,11 @@ def _functionals(backend: str, dtype: torch.dtype) -> Iterator[tuple[str, Check]
         )
 
 
-def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
+def _numerics(backend: str, device: torch.device) -> Iterator[tuple[str, Check]]:
     """Divergences that nearly vanish, infinities, flat softmaxes, many chunks, the filter."""
     kinds, module = test_divergence.KINDS, test_divergence
+    # Roundings that a flat softmax's gradient may lose: see the two tests of it.
+    lost = 4.0 if gemm_dtype(torch.float16, device.type) == torch.float16 else 1.5
     for kind in kinds:
         for spread in (0.3, 1.0, 4.0):
             yield (
@@ -215,7 +218,7 @@ def _numerics(backend: str) -> Iterator[tuple[str, Check]]:
             yield (
                 f"flat {schedule} {scale}",
                 functools.partial(
-                    half.test_a_flat_softmax_keeps_its_gradients, scale, schedule, backend
+                    half.test_a_flat_softmax_keeps_its_gradients, scale, schedule, backend, lost
                 ),
             )
         for chunks in (half.CHUNKS, half.HALF_BLOCKS):
@@ -288,7 +291,7 @@ def groups(device: torch.device) -> dict[str, Group]:
             found[f"{backend}/{kind}/candidates"] = functools.partial(_candidates, backend, dtype)
             found[f"{backend}/{kind}/functionals"] = functools.partial(_functionals, backend, dtype)
         if backend != "reference":
-            found[f"{backend}/numerics"] = functools.partial(_numerics, backend)
+            found[f"{backend}/numerics"] = functools.partial(_numerics, backend, device)
             found |= device_large.groups(backend, device)
         for kind, dtype in DTYPES.items():
             for route in (r for r in _routes(backend) if not r.odd and r.schedule):

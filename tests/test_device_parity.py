@@ -62,6 +62,14 @@ def test_a_backend_that_only_a_gpu_has(group: str, monkeypatch: pytest.MonkeyPat
     assert outcome.passed and not outcome.failed
 
 
+@pytest.mark.usefixtures("multiply_float16")
+def test_a_device_that_multiplies_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own bound on a flat softmax's gradient; a CPU's would fail it."""
+    monkeypatch.setattr(device_parity, "gemm_dtype", lambda dtype, device: dtype)
+    outcome = device_parity.run("torch_blocked/numerics", DEVICE, "flat")
+    assert outcome.passed == 6 and not outcome.failed
+
+
 def test_losses_over_responses_and_the_reference() -> None:
     outcome = device_parity.run("sequences", DEVICE, "jsd")
     assert not outcome.failed and outcome.passed > 10

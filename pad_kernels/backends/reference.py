@@ -166,13 +166,17 @@ def forward(recipe: Recipe, given: Arguments) -> tuple[Tensor, Tensor]:
 def backward(recipe: Recipe, given: Arguments, grad: Tensor) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias by autograd through the dense computation.
 
-    Autograd is switched off inside an op's body; a fresh thread does not inherit that.
+    Autograd is switched off inside an op's body; a fresh thread does not inherit that. Nor does it
+    inherit the stream that the inputs were made on.
     """
+    stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_backward, recipe, given, grad).result()
+        return pool.submit(_backward, recipe, given, grad, stream).result()
 
 
-def _backward(recipe: Recipe, given: Arguments, grad: Tensor) -> list[Tensor | None]:
+def _backward(
+    recipe: Recipe, given: Arguments, grad: Tensor, stream: torch.cuda.Stream | None
+) -> list[Tensor | None]:
     own = given.hidden, given.weight, given.bias
     leaves = [
         None if x is None else x.detach().double().requires_grad_(need)
@@ -180,7 +184,7 @@ def _backward(recipe: Recipe, given: Arguments, grad: Tensor) -> list[Tensor | N
     ]
     hidden, weight, bias = leaves
     assert hidden is not None and weight is not None
-    with torch.enable_grad():
+    with torch.cuda.stream(stream), torch.enable_grad():
         values, _ = _values(recipe, replace(given, hidden=hidden, weight=weight, bias=bias))
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         found = list(torch.autograd.grad(values, wanted, grad.double()))
