@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,3 +232,13 @@ def test_a_training_step_in_one_launch_each_way(
     assert launches == ["listwise", "rewards_gradient"]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_device_of_the_tensors_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each GPU makes no context on the first one but its own."""
+    asked: list[int] = []
+    monkeypatch.setattr(gpu.registry, "cuda_error", lambda device: asked.append(device) or "")
+    for place in ("cuda:3", "cuda:0", "cpu"):
+        tensor = types.SimpleNamespace(device=torch.device(place))
+        assert gpu.usable(tensor) == (place != "cpu")  # type: ignore[arg-type]
+    assert asked == [3, 0]

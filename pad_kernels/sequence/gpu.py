@@ -17,8 +17,8 @@ DEVICE = "cuda"
 KINDS = ("kl", "reverse_kl", "jsd", "jsd_released")
 
 
-def _usable(device_type: str) -> bool:
-    return device_type == DEVICE and not registry.cuda_error()
+def _usable(device_type: str, index: int) -> bool:
+    return device_type == DEVICE and not registry.cuda_error(index)
 
 
 # What torch.compiler.assume_constant_result does, without loading the compiler and Triton.
@@ -26,8 +26,11 @@ _usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels take tensors of this device."""
-    return _usable(tensor.device.type)
+    """Whether the kernels take tensors of this device.
+
+    That very device is asked: a process for each GPU should leave the first one to its own.
+    """
+    return _usable(tensor.device.type, tensor.device.index or 0)
 
 
 def _name(dtype: torch.dtype) -> str:
