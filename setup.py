@@ -152,10 +152,15 @@ class BuildNative(build_ext):
         return True
 
 
+#: Where CUDA installs itself, off the path of most shells.
+CUDA_BIN = "/usr/local/cuda/bin"
+
+
 def find_nvcc() -> str:
-    """The CUDA compiler: of CUDA_HOME, or on the path."""
+    """The CUDA compiler: of CUDA_HOME, or on the path, or where CUDA installs itself."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+    places = [str(Path(home, "bin"))] if home else [None, CUDA_BIN]
+    found = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if found is None:
         raise FileNotFoundError(f"no nvcc in {home}" if home else "no nvcc on the path")
     return found

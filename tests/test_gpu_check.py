@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import types
@@ -139,6 +140,58 @@ def test_results_of_other_sources_do_not_count(
     assert not parts.store.Store(path, _meta()).done
 
 
+# --- stages ---
+
+
+def test_what_ran_out_of_time_is_tried_again_and_is_no_success(
+    built: pathlib.Path, parts: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages
+
+    answers = {"compiles": "timeout", "fine": "ok"}
+    asked: list[str] = []
+
+    class Worker:
+        def __init__(self, stage: str, device: str) -> None: ...
+
+        def run(self, unit: str, seconds: float) -> dict[str, Any]:
+            asked.append(unit)
+            return {"unit": unit, "status": answers[unit], "passed": 1, "refused": {}}
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(stages, "Worker", Worker)
+    monkeypatch.setattr(stages, "circumstances", lambda device: _meta())
+    monkeypatch.setattr(stages.build, "stale", lambda *x: False)
+    monkeypatch.setattr(parts.units, "parity", lambda device: dict.fromkeys(answers, 5.0))
+    args = types.SimpleNamespace(
+        device="cpu", out=built, only="", fresh=False, jobs=2, seconds=100.0
+    )
+    assert not stages.run("parity", args)
+    assert sorted(asked) == ["compiles", "fine"]
+    answers["compiles"] = "ok"
+    asked.clear()
+    assert stages.run("parity", args) and asked == ["compiles"]
+
+
+def test_what_a_stage_lacks_is_said_and_there_is_a_table(
+    built: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pytest.py").write_text("raise ImportError('there is no pytest')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = _command("--device", "cpu", "--stage", "parity", "--out", built)
+    assert found.returncode == 1 and "there is no pytest" in found.stderr
+    assert (built / "table.md").exists()
+
+
+def test_the_benchmark_needs_no_pytest(
+    parts: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    monkeypatch.setitem(sys.modules, "device_parity", None)
+    assert "rates" in parts.units.bench("cpu")
+
+
 # --- workers ---
 
 #: Answers what it is asked, as a worker does, and misbehaves when it is told to.
@@ -230,6 +283,32 @@ def test_no_sanitizer_is_reported(
 
 
 # --- build ---
+
+
+@pytest.mark.parametrize("where", ["CUDA_HOME", "PATH", "usual place", "nowhere"])
+def test_where_nvcc_is_looked_for(
+    where: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **x: None)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    program = tmp_path / "cuda" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(program.parent) if where == "PATH" else str(tmp_path))
+    if where == "CUDA_HOME":
+        monkeypatch.setenv(where, str(tmp_path / "cuda"))
+    usual = program.parent if where == "usual place" else tmp_path
+    names["find_nvcc"].__globals__["CUDA_BIN"] = str(usual)
+    if where == "nowhere":
+        with pytest.raises(FileNotFoundError, match="no nvcc on the path"):
+            names["find_nvcc"]()
+    else:
+        assert names["find_nvcc"]() == str(program)
+
 
 SETUP = """
 import os, pathlib, pybind11

@@ -34,14 +34,20 @@ def run(name: str, args: argparse.Namespace) -> bool:
         build.run(args.device, args.out, args.seconds, args.fresh)
     wanted = {u: s for u, s in getattr(units, name)(args.device).items() if args.only in u}
     store = Store(args.out / f"{name}.jsonl", circumstances(args.device), args.fresh)
-    rest = {u: s for u, s in wanted.items() if u not in store.done}
+    # What ran out of its time finds compiled kernels the next time.
+    rest = {u: s for u, s in wanted.items() if _status(store, u) in ("", "timeout")}
     _say(f"   {len(wanted)} units, {len(wanted) - len(rest)} of them done before")
-    jobs = args.jobs if name == "parity" else 1
+    jobs = 1 if name == "bench" else args.jobs
     _work(name, args.device, rest, store, jobs, began + args.seconds)
-    bad = [u for u in wanted if store.done.get(u, {}).get("status") in ("failed", "crashed")]
+    bad = [u for u in wanted if _status(store, u) in ("failed", "crashed", "timeout")]
     left = [u for u in wanted if u not in store.done]
     _say(f"   {len(wanted) - len(left)} done, {len(bad)} failed, {len(left)} left for the next run")
     return not bad
+
+
+def _status(store: Store, unit: str) -> str:
+    """What became of a unit; nothing if it has not run."""
+    return str(store.done.get(unit, {}).get("status", ""))
 
 
 def _work(
