@@ -64,10 +64,11 @@ def test_a_backend_that_only_a_gpu_has(group: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("multiply_float16")
 def test_a_device_that_multiplies_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own bound on a flat softmax's gradient; a CPU's would fail it."""
+    """Its own bound on a flat softmax's gradient, which a CPU's would fail; its own range."""
     monkeypatch.setattr(device_parity, "gemm_dtype", lambda dtype, device: dtype)
-    outcome = device_parity.run("torch_blocked/numerics", DEVICE, "flat")
-    assert outcome.passed == 6 and not outcome.failed
+    for group, only, count in (("numerics", "flat", 6), ("float16/kept1/odd", "[huge_logits]", 4)):
+        outcome = device_parity.run(f"torch_blocked/{group}", DEVICE, only)
+        assert outcome.passed == count and not outcome.failed, outcome.failed
 
 
 def test_losses_over_responses_and_the_reference() -> None:

@@ -170,8 +170,14 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 def _loss_arguments(x: OneHead, loss: str) -> dict[str, Any]:
-    weights = {"token_weights": _token_weights(x.labels.shape)} if "weighted" in loss else {}
-    return {**LOSSES[loss], **weights}
+    found = dict(LOSSES[loss])
+    if "weighted" in loss:
+        found["token_weights"] = _token_weights(x.labels.shape)
+    if "z_loss" in found and x.dtype == torch.float16:
+        # Where products take float16 there is room for slopes of 4000 (docs/design.md), which
+        # 2 z_loss logsumexp of huge logits is to stay below.
+        found["z_loss"] /= 2
+    return found
 
 
 def _row_factors(x: OneHead, arguments: dict[str, Any]) -> Tensor:
