@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pad_kernels as pk
 from pad_kernels.engine import gradients, products
+from pad_kernels.engine.filter import column_runs
 from pad_kernels.engine.planner import HALF_BLOCKS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -131,6 +132,16 @@ def test_products_and_their_power_stay_on_a_gpu() -> None:
         out = torch.empty(8, 24, device="cuda")
         assert products.multiply(left, right, out).dtype == torch.float32
     assert gradients._power(torch.empty(3, 5, device="meta"), 4).device.type == "meta"
+
+
+def test_a_captured_graph_reads_no_tiles_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter multiplies all columns then; a fake tensor has no numbers to look at."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        peaks, bound = torch.empty(4, device="cuda"), torch.empty((), device="cuda")
+        assert column_runs([peaks, None], bound, 500) == [(0, 500)]
+    bound = torch.tensor(0.5)
+    assert column_runs([torch.tensor([1.0, 0.0, 0.0, 1.0])], bound, 500) == [(0, 128), (384, 500)]
 
 
 def _check_unlabelled(d_weight: Tensor, oracle: Tensor, labels: Tensor, most: float = 1.5) -> None:

@@ -29,11 +29,13 @@ def column_runs(
 ) -> list[tuple[int, int]]:
     """Column ranges to multiply: all of them, or those whose tiles reach the filter's bound.
 
+    While a CUDA graph is captured nobody can look: then it is all of them.
+
     Args:
         peaks: of some rows each, the largest magnitudes of column tiles, or of row tiles by those.
     """
     found = [p.view(-1, p.shape[-1]).amax(0) for p in peaks if p is not None]
-    if bound is None or not found:
+    if bound is None or not found or _captured(bound):
         return [(0, cols)]
     runs: list[tuple[int, int]] = []
     for tile, keep in enumerate((~(torch.stack(found).amax(0) < bound)).tolist()):
@@ -44,3 +46,8 @@ def column_runs(
             else:
                 runs.append((start, stop))
     return runs
+
+
+def _captured(bound: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be read back."""
+    return bound.is_cuda and torch.cuda.is_current_stream_capturing()
