@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from listwise_cases import close, expected, oracle, ranking_probability, rewards, value_and_grad
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from pad_kernels.backends.registry import native
-from pad_kernels.sequence import listwise_preference_loss
+from pad_kernels.sequence import listwise_op, listwise_preference_loss
 from pad_kernels.sequence.listwise_op import forced_backend
 from pad_kernels.sequence.plackett_luce import KINDS
 
@@ -290,3 +291,15 @@ def test_backends_agree_and_repeat_their_bits(kind):
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
         results[name] = runs[0]
     close(results["cpp"], results["torch"], 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["ranking", "top1"])
+def test_whole_groups_wait_for_no_device(kind: str) -> None:
+    """Kinds without kernels on a GPU: a fake tensor has no counts to look at."""
+    with FakeTensorMode():
+        student, teacher = (torch.empty(5, 4, dtype=torch.float64) for _ in "st")
+        arguments = kind, student, teacher, torch.full((5,), 4), 0, None
+        found = listwise_op._solve_rows(*arguments, whole=True, with_gradient=True)
+        with pytest.raises(DynamicOutputShapeException):
+            listwise_op._solve_rows(*arguments, whole=False, with_gradient=True)
+    assert [x.shape for x in found] == [(5,), (5,), (5, 4)]

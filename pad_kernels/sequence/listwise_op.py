@@ -83,9 +83,14 @@ def _solve_rows(
     counts: Tensor,
     samples: int,
     seed: Tensor | None,
+    *,
+    whole: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, standard error and gradient of rows whose first ``counts`` entries are responses."""
+    """Loss, standard error and gradient of rows whose first ``counts`` entries are responses.
+
+    ``whole`` says that all entries are, so that nobody has to wait for a device to tell.
+    """
     error = student.new_zeros(len(student))
     if not samples and _use_native(kind, student.device):
         loss, grad = _solve_native(kind, student, teacher, counts, with_gradient)
@@ -94,10 +99,7 @@ def _solve_rows(
     generator = None
     if seed is not None:
         generator = torch.Generator(device=student.device).manual_seed(int(seed))
-    for count in counts.unique().tolist():
-        if count < 2:
-            continue
-        rows = (counts == count).nonzero()[:, 0]
+    for count, rows in [(student.shape[1], slice(None))] if whole else _by_count(counts):
         s, t = student[rows, :count], teacher[rows, :count]
         if generator is not None:
             part = listwise_sampling.sample(kind, s, t, samples, generator)
@@ -105,6 +107,13 @@ def _solve_rows(
         else:
             loss[rows], grad[rows, :count] = listwise_torch.solve(kind, s, t)
     return loss, error, grad
+
+
+def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Every number of responses with something to rank, and the rows that have so many."""
+    for count in counts.unique().tolist():
+        if count >= 2:
+            yield count, (counts == count).nonzero()[:, 0]
 
 
 def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
@@ -168,7 +177,9 @@ def listwise_preference(
         order = torch.where(present, index, index + subset_size).argsort(1)
         rows, targets = rows.gather(1, order), targets.gather(1, order)
     loss, error, grad = _solve_rows(
-        kind, rows, targets, counts, samples, seed, with_gradient=with_gradient
+        *(kind, rows, targets, counts, samples, seed),
+        whole=present is None and groups > 0,
+        with_gradient=with_gradient,
     )
     if order is not None:
         grad = torch.zeros_like(grad).scatter_(1, order, grad)
