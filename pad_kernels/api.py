@@ -223,16 +223,16 @@ def linear_cross_entropy(
         terms += [(LogSumExp(), smoothing), (LogitSum(), -smoothing / call.vocab)]
     if z_weight:
         terms += [(SquaredLogSumExp(), z_weight)]
-    functionals = [f for f, _ in terms]
-    factors = torch.tensor([c for _, c in terms], dtype=call.accumulate, device=hidden.device)
+    functionals, factors = zip(*terms, strict=True)
 
     if reduction == "none":
         values, _ = call.tokens(functionals)
-        loss = (values * factors.unsqueeze(1)).sum(0).reshape(labels.shape)
+        parts = [c * v for c, v in zip(factors, values, strict=True)]
+        loss = torch.stack(parts).sum(0).reshape(labels.shape)
         return loss if weights is None else weighted(loss, weights.to(call.accumulate))
     counted = (call.inputs["labels"] != ignore_index).reshape(-1)
     per_token = per_token_weights(weights, counted, reduction, divisor, call.accumulate)
-    return call.total(functionals, factors.unsqueeze(1) * per_token)[0]
+    return call.total(functionals, torch.stack([c * per_token for c in factors]))[0]
 
 
 def linear_topk(

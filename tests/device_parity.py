@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import device_capture
 import device_large
 import filter_cases
 import functional_cases
@@ -292,6 +293,8 @@ def groups(device: torch.device) -> dict[str, Group]:
             found[f"{backend}/{kind}/functionals"] = functools.partial(_functionals, backend, dtype)
         if backend != "reference":
             found[f"{backend}/numerics"] = functools.partial(_numerics, backend, device)
+            if device.type == "cuda":
+                found |= device_capture.groups(backend, device)
             found |= device_large.groups(backend, device)
         for kind, dtype in DTYPES.items():
             for route in (r for r in _routes(backend) if not r.odd and r.schedule):

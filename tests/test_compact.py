@@ -96,19 +96,23 @@ def test_the_same_numbers(
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("reason", ["capturing", "on_gpu"])
 @pytest.mark.parametrize("schedule", ["early", "late"])
-def test_a_wrong_input_is_nan_where_nobody_can_wait(
-    monkeypatch: pytest.MonkeyPatch, schedule: str
+def test_a_wrong_input_is_nan_where_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch, schedule: str, reason: str
 ) -> None:
     student = heads()[0]
     hidden = student.hidden.requires_grad_()
     wrong = labels()
     wrong[0] = V
-    monkeypatch.setattr(rows, "capturing", lambda *_: True)
-    assert pk.linear_cross_entropy(hidden, student.weight, wrong, plan=schedule).isnan()
-    assert pk.linear_logprob(hidden, student.weight, wrong).isnan().all()
+    monkeypatch.setattr(rows, reason, lambda *_: True)
+    monkeypatch.setattr(rows, "_to_host", None)
+    plan = PlanRequest(schedule, compact=reason == "capturing")
+    assert pk.linear_cross_entropy(hidden, student.weight, wrong, plan=plan).isnan()
+    per_token = PlanRequest(compact=plan.compact)
+    assert pk.linear_logprob(hidden, student.weight, wrong, plan=per_token).isnan().all()
     wrong[0] = -100
-    assert pk.linear_cross_entropy(hidden, student.weight, wrong, plan=schedule).isfinite()
+    assert pk.linear_cross_entropy(hidden, student.weight, wrong, plan=plan).isfinite()
 
 
 def test_a_wrong_input_is_an_error_where_rows_are_not_left_out() -> None:

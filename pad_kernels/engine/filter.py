@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels.engine.plan import Plan
+from pad_kernels.engine.rows import capturing
 
 #: Columns of the logit gradient that the filter keeps or skips together, and rows, for a backend
 #: that multiplies single tiles. 128 x 128 is what a product of tensor cores wants; how many tiles
@@ -35,7 +36,7 @@ def column_runs(
         peaks: of some rows each, the largest magnitudes of column tiles, or of row tiles by those.
     """
     found = [p.view(-1, p.shape[-1]).amax(0) for p in peaks if p is not None]
-    if bound is None or not found or _captured(bound):
+    if bound is None or not found or capturing(bound):
         return [(0, cols)]
     runs: list[tuple[int, int]] = []
     for tile, keep in enumerate((~(torch.stack(found).amax(0) < bound)).tolist()):
@@ -46,8 +47,3 @@ def column_runs(
             else:
                 runs.append((start, stop))
     return runs
-
-
-def _captured(bound: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be read back."""
-    return bound.is_cuda and torch.cuda.is_current_stream_capturing()

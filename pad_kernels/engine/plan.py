@@ -75,8 +75,9 @@ class PlanRequest:
         vocab_block: entries of a vocabulary chunk.
         kept_rows: rows that keep their logits between forward and backward.
         compact: leave out rows that do not count (ignored labels, weights of 0) and a teacher's
-            rows that have no use for it. False computes them all, which spares a GPU one copy to
-            the host; a CUDA graph is captured that way in any case.
+            rows that have no use for it. False computes them all, so that nothing waits for a GPU:
+            a wrong label there makes the output NaN instead of an error. A CUDA graph is captured
+            that way in any case.
     """
 
     schedule: str | None = None

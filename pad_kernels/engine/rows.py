@@ -38,7 +38,8 @@ def choose_rows(
     """The rows that count, those that use the same teachers side by side; inputs checked.
 
     One copy to the host tells how many rows there are of each sort and whether an input is wrong.
-    While a CUDA graph is captured there can be none: then every row runs with every teacher.
+    While a CUDA graph is captured there can be none, and on a GPU there is none without compaction:
+    then every row runs with every teacher.
     """
     everything = (1 << len(recipe.heads)) - 2
     wanted = _teachers_wanted(recipe, inputs, tokens, coefficients)
@@ -50,7 +51,8 @@ def choose_rows(
         bad = bad & (wanted >= 0)
     whole = [_part(recipe, 0, tokens, everything)] if tokens else []
     muted = None if wanted is None else wanted < 0
-    if capturing(inputs, coefficients):
+    tensors = [*inputs.values()] if coefficients is None else [coefficients]
+    if (on_gpu(*tensors) and not recipe.request.compact) or capturing(*tensors):
         return Rows(None, whole, muted, None if bad is None else bad.any())
     codes = range(-1, everything + 1)
     counts = _to_host(wanted, codes, bad)
@@ -75,16 +77,21 @@ def _to_host(wanted: Tensor | None, codes: range, bad: Tensor | None) -> list[in
     """How many rows have each code, then how many are bad, in one copy."""
     found = []
     if wanted is not None:
-        found.append((wanted.unsqueeze(1) == torch.tensor(codes, device=wanted.device)).sum(0))
+        every = torch.arange(codes.start, codes.stop, device=wanted.device)
+        found.append((wanted.unsqueeze(1) == every).sum(0))
     if bad is not None:
         found.append(bad.sum().unsqueeze(0))
     return torch.cat(found).tolist() if found else []
 
 
-def capturing(inputs: Mapping[str, Tensor], coefficients: Tensor | None) -> bool:
+def on_gpu(*tensors: Tensor) -> bool:
+    """Whether reading a number back would wait for a device."""
+    return any(x.is_cuda for x in tensors)
+
+
+def capturing(*tensors: Tensor) -> bool:
     """Whether the op is recorded in a CUDA graph, where nothing can be read back."""
-    tensors = [*inputs.values()] if coefficients is None else [coefficients]
-    return any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing()
+    return on_gpu(*tensors) and torch.cuda.is_current_stream_capturing()
 
 
 def _teachers_wanted(

@@ -145,7 +145,7 @@ class Normalizer(Statistic):
 
     def empty(self, rows: int, inputs: Mapping[str, Tensor], like: Tensor) -> Tensor:
         state = like.new_zeros(2, rows)
-        state[0] = -torch.inf
+        state[0].fill_(-torch.inf)
         return state
 
     def measure(self, block: Block, first: RowStats | None) -> Tensor:
