@@ -62,6 +62,7 @@ def test_products_read_live_tiles_alone(
         (LiveTiling(64, 32, 4, 5), torch.randperm(vocab)[:cols], True, dtype),
     )
     for tiling, index, add, into in cases:
+        scale = torch.tensor(0.25, dtype=torch.float64) if add else None
         live = LiveTiles(dz, peaks, bound, TILE, tiling)
         for launch in live.lists():
             launch.run()
@@ -73,11 +74,11 @@ def test_products_read_live_tiles_alone(
         torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5)
         start = torch.randn(vocab, width).to(into)
         got = start.clone() if add else torch.full_like(start, torch.nan)
-        live.product(got, hidden, index, transposed=True, add=add).run()
+        live.product(got, hidden, index, transposed=True, add=add, scale=scale).run()
         exact = start.double()
         if not add:
             exact.fill_(torch.nan)[places] = 0.0
-        exact[places] += dense.t() @ hidden.double()
+        exact[places] += dense.t() @ hidden.double() * (1 if scale is None else scale)
         torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5, equal_nan=True)
 
 
@@ -121,19 +122,31 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = LiveTiles.product
 
-    def spy(self: LiveTiles, *arguments: object, transposed: bool, add: bool) -> object:
+    def spy(self: LiveTiles, *arguments: Any, transposed: bool, **options: Any) -> object:
         if not transposed:
             counts.append(int(self._lists[False][1].sum()))
-        return original(self, *arguments, transposed=transposed, add=add)  # type: ignore[arg-type]
+        return original(self, *arguments, transposed=transposed, **options)
 
     monkeypatch.setattr(live_module.LiveTiles, "product", spy)
     return counts
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize(
+    ("schedule", "biased", "dtype"),
+    [
+        ("early", False, torch.bfloat16),
+        ("early", True, torch.float16),
+        ("late", False, torch.float16),
+        ("late", True, torch.bfloat16),
+    ],
+)
 def test_filtered_gradients(
-    products: list[int], monkeypatch: pytest.MonkeyPatch, schedule: str, biased: bool
+    products: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+    biased: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Some tiles dead, -inf and an unlikely label among them; with a bias all of dz is summed."""
     plans: list[Plan] = []
@@ -145,14 +158,16 @@ def test_filtered_gradients(
 
     monkeypatch.setattr(ops, "op_plan", spy)
     account.reset()
-    filter_cases.check_schedule(schedule, "triton", biased)
+    filter_cases.check_schedule(schedule, "triton", biased, dtype)
     assert len(products) == 2
     assert 0 < account.high_water <= plans[0].workspace_bytes
 
 
-def test_kept_rows_in_natural_order(products: list[int]) -> None:
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize("dtype", HALF)
+def test_kept_rows_in_natural_order(products: list[int], dtype: torch.dtype) -> None:
     """Kept logits lie as they are; rows beside them are recomputed, in tiles of their own."""
-    x = Peaked(torch.bfloat16)
+    x = Peaked(dtype)
     x.labels[:] = 5
     x.bias[5] = 1.0
     x.bias[300:] = -12.0

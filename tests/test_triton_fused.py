@@ -181,27 +181,31 @@ LIVE_PRODUCTS = {
     "late_weight": (True, False, torch.bfloat16, True),
     "kept_hidden": (False, True, torch.float32, False),
     "kept_weight": (True, True, torch.bfloat16, False),
+    "float16_weight": (True, True, torch.float16, True),
 }
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", LIVE_PRODUCTS if EVERYTHING else ["early_weight", "late_hidden"])
+@pytest.mark.parametrize("name", LIVE_PRODUCTS if EVERYTHING else ["late_hidden", "float16_weight"])
 def test_live_products_compile(name: str, capability: int) -> None:
     transposed, add, into, ordered = LIVE_PRODUCTS[name]
     rows, cols, size, vocab = 8192, 4096, 4096, 128256
+    dtype = torch.float16 if into == torch.float16 else torch.bfloat16
     with torch.device("meta"):
-        dz = torch.empty(rows, cols, dtype=torch.bfloat16)
+        dz = torch.empty(rows, cols, dtype=dtype)
         live = LiveTiles(
             *(dz, torch.empty(rows // 128, cols // 128), torch.empty(1)),
             tiling=LIVE[capability],
         )
         listed = live.lists()
-        other = torch.empty(rows if transposed else vocab, size, dtype=torch.bfloat16)
+        other = torch.empty(rows if transposed else vocab, size, dtype=dtype)
         total = torch.empty(vocab if transposed else rows, size, dtype=into)
         index = torch.empty(cols, dtype=torch.int64) if ordered else None
+        scale = torch.empty(()) if into == torch.float16 else None
     for launch in listed[:1]:
         compiled(launch, capability)
-    cubin = compiled(live.product(total, other, index, transposed=transposed, add=add), capability)
+    product = live.product(total, other, index, transposed=transposed, add=add, scale=scale)
+    cubin = compiled(product, capability)
     assert cubin.count(TENSOR_CORES[capability])
     # Matrices pass the registers by, 16 bytes at a time, several steps under way.
     assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*")

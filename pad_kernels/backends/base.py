@@ -157,9 +157,18 @@ class LiveTiles(Protocol):
         ...
 
     def times_hidden(
-        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+        self,
+        total: Tensor,
+        hidden: Tensor,
+        index: Tensor | None,
+        *,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> None:
-        """Rows ``index`` of the total [V, H] = dz.T @ hidden, or added to it."""
+        """Rows ``index`` of the total [V, H] = dz.T @ hidden * scale, or added to it.
+
+        ``scale`` is a power of two (0-d): a total in half precision gets what it can hold.
+        """
         ...
 
 

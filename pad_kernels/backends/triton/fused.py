@@ -206,9 +206,5 @@ def plan_gradient(
 
 
 def filters_tiles(recipe: Recipe) -> bool:
-    """Whether tiles below the filter's bound need not be written, as nobody reads them.
-
-    A bias gradient does; and so do products of float16, whose sums the tiles' kernels cannot
-    restore to their size.
-    """
-    return not recipe.needs[2] and recipe.gemm != torch.float16
+    """Whether tiles below the filter's bound need not be written: only a bias gradient reads them."""
+    return not recipe.needs[2]

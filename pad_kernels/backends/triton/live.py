@@ -8,23 +8,13 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.launch import Device, Launch
 from pad_kernels.backends.triton.live_kernels import list_live_kernel, live_product_kernel
 from pad_kernels.backends.triton.tilings import LIVE, LiveTiling, generation
 from pad_kernels.engine.filter import FILTER_TILE
-from pad_kernels.engine.problem import Problem
 
 #: Tiles that a program looks at together when it lists the live ones.
 _LISTED = 256
-
-
-def multiplies(problem: Problem, hidden: Tensor) -> bool:
-    """Whether the kernels can read the matrices; those that made the gradient could.
-
-    What they write of float16 would lack the power of two that its operands have.
-    """
-    return problem.recipe.gemm != torch.float16 and Operands.of(problem, {0: hidden}).readable
 
 
 @dataclass
@@ -69,7 +59,14 @@ class LiveTiles:
         return found
 
     def product(
-        self, total: Tensor, other: Tensor, index: Tensor | None, *, transposed: bool, add: bool
+        self,
+        total: Tensor,
+        other: Tensor,
+        index: Tensor | None,
+        *,
+        transposed: bool,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> Launch:
         """The launch of dz @ other, or of dz.T @ other.
 
@@ -78,6 +75,7 @@ class LiveTiles:
             other: the weight, or the hidden states [rows, H] if transposed.
             index: int64 [cols], which row of the weight, or of its gradient, a column is.
             add: to what is there.
+            scale: one number, a power of two that the product is multiplied by.
         """
         lists, counts = self._lists[transposed]
         rows, cols = self.dz.shape
@@ -90,6 +88,7 @@ class LiveTiles:
             "index": index,
             "lists": lists,
             "counts": counts,
+            "scale": None if scale is None else scale.float().reshape(1),
             "length": lists.shape[1],
             "rows": rows,
             "cols": cols,

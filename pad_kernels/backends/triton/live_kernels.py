@@ -44,6 +44,7 @@ def live_product_kernel(
     index,  # (cols,) int64: which row of weight and weight gradient a column is; None: itself
     lists,  # (lines, length) int32: live tiles
     counts,  # (lines,) int32
+    scale,  # (1,) float32: a power of two that products are multiplied by; None: 1
     length,
     rows,
     cols,
@@ -54,7 +55,7 @@ def live_product_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Total = dz @ weight, or dz.T @ hidden if TRANSPOSED, over live tiles; or added to it."""
+    """Total = scale * dz @ weight, or dz.T @ hidden, over live tiles; or added to it."""
     parts = tl.cdiv(width, BLOCK_H)
     line = tl.program_id(0) // parts
     h = tl.program_id(0) % parts * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -69,7 +70,10 @@ def live_product_kernel(
     inside = (m < limit)[:, None] & (h < width)[None, :]
     target = total[0] + at[:, None] * total[1] + h[None, :]
     if ADD:
+        # Before the products: the sums and what is there do not fit into registers side by side.
         sums = tl.load(target, inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            sums *= 1.0 / tl.load(scale)
     else:
         sums = tl.zeros((TILE, BLOCK_H), tl.float32)
     for step in range(steps):
@@ -85,6 +89,8 @@ def live_product_kernel(
                 entry = tl.load(index + k, k < cols, other=0)
             right = _tile(other, entry, h, k < cols, h < width)
         sums = tl.dot(left, right, sums, input_precision="ieee")
+    if scale is not None:
+        sums *= tl.load(scale)
     tl.store(target, sums.to(total[0].dtype.element_ty), inside)
 
 
