@@ -14,7 +14,7 @@ from pad_kernels.backends.triton.columns import Columns
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
-from pad_kernels.backends.triton.launch import Device, Launch
+from pad_kernels.backends.triton.launch import Device, Launch, reach
 from pad_kernels.backends.triton.tilings import (
     MERGE_ROWS,
     Tiling,
@@ -163,7 +163,7 @@ def gradient_launch(
         sparse = listed[0], listed[1].float(), listed[0].shape[1]
     arguments = {
         **operands.arguments(tiling, tma=tma),
-        "out": (out, out.stride(0)),
+        "out": (out, out.stride(0), reach(operands.shape[1], out)),
         "coefficients": columns.packed(),
         "sparse": sparse,
         "peaks": peaks,
@@ -206,5 +206,5 @@ def plan_gradient(
 
 
 def filters_tiles(recipe: Recipe) -> bool:
-    """Whether tiles below the filter's bound need not be written: only a bias gradient reads them."""
+    """Whether tiles below the filter's bound need not be written: a bias gradient reads them."""
     return not recipe.needs[2]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels.backends.triton import math
+from pad_kernels.engine.plan import ALIGNED
 from pad_kernels.heads import HeadOptions
 
 
@@ -62,6 +63,16 @@ class Device:
             return Device(90, 1)
         found = torch.cuda.get_device_properties(device)
         return Device(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def reach(cols: int, *matrices: Tensor) -> int:
+    """Columns of matrices [rows, cols] that kernels touch: whole accesses, where rows are padded.
+
+    Padding (``engine.plan.row_pitch``) belongs to nobody. Where it is read it counts nothing;
+    gradients write zeros there, so that it adds nothing to products over it either.
+    """
+    pitch = -(-cols // ALIGNED) * ALIGNED
+    return pitch if all(x.stride(0) == pitch for x in matrices) else cols
 
 
 def head_kind(head: HeadOptions) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from pad_kernels.backends.triton.launch import Device, Launch
+from pad_kernels.backends.triton.launch import Device, Launch, reach
 from pad_kernels.backends.triton.live_kernels import list_live_kernel, live_product_kernel
 from pad_kernels.backends.triton.tilings import LIVE, LiveTiling, generation
 from pad_kernels.engine.filter import FILTER_TILE
@@ -82,7 +82,7 @@ class LiveTiles:
         width = other.shape[1]
         tiling = self.tiling or LIVE[generation(Device.of(self.dz.device).capability)]
         arguments = {
-            "dz": (self.dz, self.dz.stride(0)),
+            "dz": (self.dz, self.dz.stride(0), reach(cols, self.dz)),
             "other": (other, other.stride(0)),
             "total": (total, total.stride(0)),
             "index": index,

@@ -38,7 +38,7 @@ def list_live_kernel(
 
 @triton.jit
 def live_product_kernel(
-    dz,  # (rows, cols): (pointer, stride of a row)
+    dz,  # (rows, cols): (pointer, stride of a row, columns to read, zeros behind the last)
     other,  # (cols or rows, H): the weight, or the hidden states if TRANSPOSED; (pointer, stride)
     total,  # (rows or cols, H): (pointer, stride)
     index,  # (cols,) int64: which row of weight and weight gradient a column is; None: itself
@@ -80,10 +80,10 @@ def live_product_kernel(
         tile = tl.load(lists + line * length + step // (TILE // BLOCK_K))
         k = tile * TILE + step % (TILE // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
-            left = _tile(dz, k.to(tl.int64), m, k < rows, m < cols).T
+            left = _tile(dz, k.to(tl.int64), m, k < rows, m < dz[2]).T
             right = _tile(other, k.to(tl.int64), h, k < rows, h < width)
         else:
-            left = _tile(dz, m.to(tl.int64), k, m < rows, k < cols)
+            left = _tile(dz, m.to(tl.int64), k, m < rows, k < dz[2])
             entry = k.to(tl.int64)
             if index is not None:
                 entry = tl.load(index + k, k < cols, other=0)

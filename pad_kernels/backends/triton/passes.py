@@ -11,7 +11,7 @@ from torch import Tensor
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import configs, gradient, statistics
 from pad_kernels.backends.triton.columns import Columns
-from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers, reach
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
@@ -41,6 +41,7 @@ class Passes:
             "heads": tuple(head_numbers(streams[j].head) for j in used),
             "rows": self.rows,
             "cols": self.cols,
+            "reach": reach(self.cols, *(logits[j] for j in used)),
         }
 
     def _kinds(self, used: Sequence[int]) -> tuple[int, ...]:
@@ -172,8 +173,7 @@ class Passes:
         }
         arguments = {
             **self._streams(used),
-            "out": out,
-            "out_stride": out.stride(0),
+            "out": (out, out.stride(0), reach(self.cols, out)),
             "coefficients": columns.packed(),
             "sparse": None if sparse is None else (sparse[0], sparse[1].float()),
             "count": 0 if sparse is None else sparse[0].shape[1],
