@@ -21,9 +21,11 @@ from pad_kernels.backends.triton.tilings import (
     choose_splits,
     gradient_tiling,
     statistics_tiling,
+    tiling_trials,
 )
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
 
@@ -112,7 +114,7 @@ def plan_statistics(
         tiles = cdiv(count, tiling.rows), cdiv(vocab, tiling.cols)
         return choose_splits(*tiles, device.multiprocessors, tiling.group, most)
 
-    def build(tiling: Tiling) -> tuple[Launch, Launch]:
+    def build(tiling: Tiling, scratch: Workspace | None = None) -> tuple[Launch, Launch]:
         bytes_of = room.view(-1).view(torch.uint8)[: splits(tiling) * slots * count * 8]
         partial = bytes_of.view(torch.float64).view(-1, slots, count)
         copies = device.capability >= 90
@@ -121,9 +123,9 @@ def plan_statistics(
     extras = measured.extras_with(stats.inputs)
     streams = len(measured.streams)
     shipped = statistics_tiling(device.capability, streams, extras, plain=operands.plain)
-    tilings = autotune.candidates(device, shipped)
+    trials = tiling_trials(device.capability, shipped)
     key = f"statistics/{extras}/{operands.key}"
-    return build(autotune.choose(key, room, tilings, build))
+    return build(autotune.choose(key, room, shipped, trials, build))
 
 
 def gradient_launch(
@@ -198,11 +200,18 @@ def plan_gradient(
             tma=device.capability >= 90,
         )
 
+    def attempt(tiling: Tiling, scratch: Workspace) -> list[Launch]:
+        """It may write dL/dz again and again, but not merge other sums' magnitudes into peaks."""
+        launch = build(tiling)
+        if peaks is None:
+            return [launch]
+        return [launch.instead(peaks=scratch.empty(*peaks.shape, dtype=peaks.dtype))]
+
     shipped = gradient_tiling(device.capability, len(used), plain=plain, filtered=filtered)
-    # Tiles that the filter looks at have its size.
-    tilings = [shipped] if filtered else autotune.candidates(device, shipped)
-    key = f"gradient/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
-    return build(autotune.choose(key, out, tilings, lambda tiling: [build(tiling)]))
+    trials = tiling_trials(device.capability, shipped, filtered=filtered)
+    name = "filtered gradient" if filtered else "gradient"
+    key = f"{name}/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
+    return build(autotune.choose(key, out, shipped, trials, attempt))
 
 
 def filters_tiles(recipe: Recipe) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """How it is compiled: without fused multiply-adds, see math.py."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+    def instead(self, grid: tuple[int, ...] | None = None, **arguments: Any) -> Launch:
+        """The same kernel with some other arguments, or over another grid."""
+        return replace(self, grid=grid or self.grid, arguments={**self.arguments, **arguments})
 
     def run(self) -> None:
         """Put it on the current stream of the current device."""

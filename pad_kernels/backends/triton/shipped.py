@@ -83,11 +83,11 @@ def launches(
     capability: int,
     rows: int = 4096,
     cols: int = 32064,
-    pitch: int = 32064,
+    pitch: int | None = None,
 ) -> Iterator[Launch]:
     """Every launch for a block of logits [rows, cols]: statistics, second sweep, gradient.
 
-    Its rows are ``pitch`` entries apart.
+    Its rows are ``pitch`` entries apart; None: as many as they have.
     """
     streams = 1 + max((j for f in example.functionals for j in f.teachers), default=0)
     bias = torch.empty(cols, device="meta") if example.biased else None
@@ -115,8 +115,8 @@ def launches(
     heads = [Stream(hidden, weight, bias, example.head) for _ in range(streams)]
     problem = Problem(recipe, heads, rows, None, rows, [], inputs, weight, None)
     stats = empty_stats(recipe.measured(), rows, inputs, torch.device("meta"))
-    room = torch.empty(rows, pitch, dtype=dtype, device="meta")
-    logits = {j: room[:, :cols] for j in range(streams)}
+    room = torch.empty(rows, pitch or cols, dtype=dtype, device="meta")
+    logits = dict.fromkeys(range(streams), room[:, :cols])
     passes = Passes(RawBlock(problem, stats, logits, 0), Device(capability, 132))
     wanted = [s for s in recipe.measured() if not isinstance(s, Picked | Outcomes)]
     yield from passes.statistics(wanted)
