@@ -233,7 +233,8 @@ def test_live_products_compile(name: str, capability: int, cols: int, pitch: int
         # Matrices pass the registers by, 16 bytes at a time, several steps under way.
         assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*")
         assert not cubin.count(r"LDG[.A-Z]*\.U16[.\w]*")
-        assert cubin.shared >= 2 * 2 * tiling.depth * (FILTER_TILE + tiling.features)
+        under_way = 2 if tiling == LIVE[capability] else 1
+        assert cubin.shared >= under_way * 2 * tiling.depth * (FILTER_TILE + tiling.features)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
