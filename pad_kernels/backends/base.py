@@ -84,7 +84,8 @@ class Backend(Protocol):
     ) -> Tensor | None:
         """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
 
-        ``out`` may be the student's logits. With a filter's ``bound`` (0-d) the largest magnitudes
+        ``out`` may be the student's logits; where its rows are padded (``engine.plan.row_pitch``),
+        the padding may be overwritten. With a filter's ``bound`` (0-d) the largest magnitudes
         of its tiles are returned: [column tiles] over all rows, or [row tiles, column tiles].
         """
         ...
