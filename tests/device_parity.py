@@ -229,10 +229,13 @@ def _numerics(backend: str, device: torch.device) -> Iterator[tuple[str, Check]]
             )
         if backend == "triton" and schedule != "kept":
             for biased in (False, True):
-                yield (
-                    f"filter {schedule} tiles {biased}",
-                    functools.partial(filter_cases.check_schedule, schedule, backend, biased),
-                )
+                for dtype in (torch.bfloat16, torch.float16):
+                    yield (
+                        f"filter {schedule} tiles {biased} {dtype}",
+                        functools.partial(
+                            filter_cases.check_schedule, schedule, backend, biased, dtype
+                        ),
+                    )
         for scale in (1.0, 100.0):
             yield (
                 f"filter {schedule} {scale}",

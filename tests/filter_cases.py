@@ -81,9 +81,9 @@ def check(x: Peaked, level: float, request: pk.PlanRequest, **options: object) -
     return kept == 0
 
 
-def check_schedule(schedule: str, backend: str, biased: bool) -> None:
+def check_schedule(schedule: str, backend: str, biased: bool, dtype: torch.dtype) -> None:
     """Some tiles dead, -inf and an unlikely label among them; two blocks or chunks."""
-    x, level = Peaked(torch.bfloat16), 1e-3
+    x, level = Peaked(dtype), 1e-3
     blocks = {"token_block": 75} if schedule == "early" else {"vocab_block": 384}
     request = pk.PlanRequest(schedule, backend, filter=level, **blocks)
     left_out = check(x, level, request, biased=biased)

@@ -16,9 +16,11 @@ import pad_kernels as pk
 from pad_kernels.backends.triton import fused
 from pad_kernels.backends.triton import live as live_module
 from pad_kernels.backends.triton.fused_operands import Operands
+from pad_kernels.backends.triton.launch import reach
 from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.tilings import LiveTiling, Tiling
-from pad_kernels.engine import ops
+from pad_kernels.engine import ops, problem
+from pad_kernels.engine import run as engine_run
 from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.base import LogitGradient
@@ -46,15 +48,19 @@ def poison() -> Iterator[None]:
 def test_products_read_live_tiles_alone(
     shape: tuple[int, int, int], share: float, dtype: torch.dtype
 ) -> None:
-    """Dead tiles hold NaN, and so does whatever lies beyond the edges."""
+    """Dead tiles hold NaN, and so does whatever lies beyond the edges but padding."""
     rows, cols, width = shape
     peaks = torch.rand(-(-rows // TILE), -(-cols // TILE))
     peaks[0, 0] = torch.nan if share else 0.0
     bound = torch.tensor([2.0 if share == 0 else 1 - share])
-    alive = spread(~(peaks < bound), TILE, torch.Size((rows, cols)))
-    dz = torch.full((rows + 3, cols + 5), torch.nan, dtype=dtype)[:rows, :cols]
-    dz[alive] = torch.randn(int(alive.sum())).to(dtype)
-    dense = torch.where(alive, dz, 0).double()
+    room = torch.full((rows + 3, cols + 5), torch.nan, dtype=dtype)
+    dz = room[:rows, :cols]
+    padded = room[:rows, : reach(cols, dz)]
+    assert padded.shape[1] - cols == {107: 5, 507: 5}.get(cols, 0)
+    alive = spread(~(peaks < bound), TILE, padded.shape)
+    padded[alive] = torch.randn(int(alive.sum())).to(dtype)
+    padded[:, cols:][alive[:, cols:]] = 0
+    dense = torch.where(alive[:, :cols], dz, 0).double()
     vocab = cols + 9
     hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(vocab, width).to(dtype)
     cases = (
@@ -62,22 +68,24 @@ def test_products_read_live_tiles_alone(
         (LiveTiling(64, 32, 4, 5), torch.randperm(vocab)[:cols], True, dtype),
     )
     for tiling, index, add, into in cases:
-        live = LiveTiles(dz, peaks, bound, TILE, tiling)
+        scale = torch.tensor(0.25, dtype=torch.float64) if add else None
+        live = LiveTiles(dz, peaks, bound, TILE)
         for launch in live.lists():
             launch.run()
         places, eps = torch.arange(cols) if index is None else index, torch.finfo(into).eps
         start = torch.randn(rows, width).to(into)
         got = start.clone() if add else torch.full_like(start, torch.nan)
-        live.product(got, weight, index, transposed=False, add=add).run()
+        live.product(got, weight, index, transposed=False, add=add, tiling=tiling).run()
         exact = dense @ weight[places].double() + (start.double() if add else 0)
         torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5)
         start = torch.randn(vocab, width).to(into)
         got = start.clone() if add else torch.full_like(start, torch.nan)
-        live.product(got, hidden, index, transposed=True, add=add).run()
+        options = {"add": add, "scale": scale, "tiling": tiling}
+        live.product(got, hidden, index, transposed=True, **options).run()
         exact = start.double()
         if not add:
             exact.fill_(torch.nan)[places] = 0.0
-        exact[places] += dense.t() @ hidden.double()
+        exact[places] += dense.t() @ hidden.double() * (1 if scale is None else scale)
         torch.testing.assert_close(got.double(), exact, rtol=eps, atol=3e-5, equal_nan=True)
 
 
@@ -99,7 +107,8 @@ def test_dead_tiles_are_not_written(tma: bool) -> None:
     bound = torch.tensor([0.05])
     assert 0 < int((tiles_of(exact, TILE) < 0.05).sum()) < 8
     for size, written in ((TILE, False), (TILE // 2, True)):
-        out = torch.full((rows, cols), torch.nan, dtype=dtype)
+        room = torch.full((rows, 160), torch.nan, dtype=dtype)
+        out = room[:, :cols]
         peaks = torch.zeros(2, 5, dtype=torch.int32)
         tiling = Tiling(size, size, 16, 4, 3, 2)
         fused.gradient_launch(
@@ -107,9 +116,10 @@ def test_dead_tiles_are_not_written(tma: bool) -> None:
         ).run()
         found = peaks.view(torch.float32)
         torch.testing.assert_close(found.double(), tiles_of(exact, TILE), rtol=8e-3, atol=1e-6)
-        alive = spread(~(found < bound), TILE, out.shape)
-        assert torch.equal(out.isnan(), torch.zeros_like(alive) if written else ~alive)
-        torch.testing.assert_close(out[alive].double(), exact[alive], rtol=8e-3, atol=1e-6)
+        alive = spread(~(found < bound), TILE, room.shape)
+        assert torch.equal(room.isnan(), torch.zeros_like(alive) if written else ~alive)
+        expected = torch.nn.functional.pad(exact, (0, 160 - cols))  # zeros behind the last column
+        torch.testing.assert_close(room[alive].double(), expected[alive], rtol=8e-3, atol=1e-6)
 
 
 # --- through the engine ---
@@ -121,21 +131,41 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = LiveTiles.product
 
-    def spy(self: LiveTiles, *arguments: object, transposed: bool, add: bool) -> object:
+    def spy(self: LiveTiles, *arguments: Any, transposed: bool, **options: Any) -> object:
         if not transposed:
             counts.append(int(self._lists[False][1].sum()))
-        return original(self, *arguments, transposed=transposed, add=add)  # type: ignore[arg-type]
+        return original(self, *arguments, transposed=transposed, **options)
 
     monkeypatch.setattr(live_module.LiveTiles, "product", spy)
     return counts
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize(
+    ("schedule", "biased", "dtype", "padded"),
+    [
+        ("early", False, torch.bfloat16, True),
+        ("early", True, torch.float16, False),
+        ("late", False, torch.float16, True),
+        ("late", True, torch.bfloat16, True),
+    ],
+)
 def test_filtered_gradients(
-    products: list[int], monkeypatch: pytest.MonkeyPatch, schedule: str, biased: bool
+    products: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+    biased: bool,
+    dtype: torch.dtype,
+    padded: bool,
 ) -> None:
-    """Some tiles dead, -inf and an unlikely label among them; with a bias all of dz is summed."""
+    """Some tiles dead, -inf and an unlikely label among them; with a bias all of dz is summed.
+
+    Padded, rows of logits begin at multiples of 16 entries as on a GPU, 700 columns and the last
+    316 of a late plan.
+    """
+    if padded:
+        for module in (problem, engine_run):
+            monkeypatch.setattr(module, "total_memory", lambda device: 1 << 30)
     plans: list[Plan] = []
     original = ops.op_plan
 
@@ -145,14 +175,16 @@ def test_filtered_gradients(
 
     monkeypatch.setattr(ops, "op_plan", spy)
     account.reset()
-    filter_cases.check_schedule(schedule, "triton", biased)
+    filter_cases.check_schedule(schedule, "triton", biased, dtype)
     assert len(products) == 2
     assert 0 < account.high_water <= plans[0].workspace_bytes
 
 
-def test_kept_rows_in_natural_order(products: list[int]) -> None:
+@pytest.mark.usefixtures("multiply_float16")
+@pytest.mark.parametrize("dtype", HALF)
+def test_kept_rows_in_natural_order(products: list[int], dtype: torch.dtype) -> None:
     """Kept logits lie as they are; rows beside them are recomputed, in tiles of their own."""
-    x = Peaked(torch.bfloat16)
+    x = Peaked(dtype)
     x.labels[:] = 5
     x.bias[5] = 1.0
     x.bias[300:] = -12.0

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import triton_interpreter  # noqa: F401  (first: it switches the interpreter on)
 
@@ -14,8 +13,8 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.backends.torch_blocked import _dense as dense_gradient
-from pad_kernels.backends.triton import autotune, fused
 from pad_kernels.backends.triton import backend as triton_backend
+from pad_kernels.backends.triton import fused
 from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.tilings import Tiling
 from pad_kernels.engine.problem import Stream
@@ -250,31 +249,6 @@ def test_token_stats_through_the_engine(
     mine = got[0][live], got[1][:vocab]
     for g, exact, dense in zip(mine, *gradients, strict=True):
         assert_by_norm(g.double(), exact.double(), dense.double(), GRADIENTS, half)
-
-
-def test_measured_tilings_change_nothing_but_last_digits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Trials run over the op's own buffers, forward and backward, and leave no trace."""
-    hidden, weight = torch.randn(9, 32).bfloat16(), torch.randn(70, 32).bfloat16()
-    labels, found = torch.randint(70, (9,)), []
-    trials = {90: (SMALL, dataclasses.replace(SMALL, cols=16))}
-    monkeypatch.setattr(autotune, "TRIALS", trials)
-    kept = autotune.Choices(tmp_path / "kept.json")
-    monkeypatch.setattr(autotune, "choices", lambda device: kept)
-    times = iter([3.0, 2.0, 1.0] * 2)
-    monkeypatch.setattr(autotune, "do_bench", lambda trial, return_mode: trial() or next(times))
-    plan = pk.PlanRequest("late", "triton", vocab_block=70)
-    for asked in ("0", "1"):
-        monkeypatch.setenv("PAD_KERNELS_AUTOTUNE", asked)
-        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-        value = pk.linear_logprob(*leaves, labels, plan=plan)
-        found.append((value.detach(), *torch.autograd.grad(value.sum(), leaves)))
-    assert [x["cols"] for x in kept.found.values()] == [16, 16]
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-6, atol=1e-3
-        )
 
 
 def test_scoring_some_rows_at_a_time(fused_calls: list[str]) -> None:

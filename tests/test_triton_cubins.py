@@ -7,6 +7,7 @@ check-kernels``); by default, a few that have all that there is between them.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -14,30 +15,42 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
 
-from pad_kernels.backends.triton import aot, configs
+from pad_kernels.backends.triton import aot, autotune, configs
 from pad_kernels.backends.triton.launch import Launch
 from pad_kernels.backends.triton.passes import transform
 from pad_kernels.backends.triton.shipped import EXAMPLES, launches
 from pad_kernels.heads import HeadOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: Columns of a block, and how far its rows are apart: as many; padded, what 16 does not divide.
+ALIGNED, PADDED = (32064, 32064), (50257, 50272)
 #: Each kernel in each dtype, and on each device one stream, several, and two sweeps.
 FEW = [
-    ("cross_entropy", "bfloat16", 80),
-    ("cross_entropy", "bfloat16", 90),
-    ("cross_entropy", "bfloat16", 100),
-    ("stats", "float32", 90),
-    ("cross_entropy_capped", "float32", 100),
-    ("cross_entropy_filtered", "float16", 90),
-    ("forward_kl", "bfloat16", 100),
-    ("advantage", "float16", 80),
-    ("topk_teacher", "bfloat16", 80),
-    ("jsd", "bfloat16", 90),
-    ("distill_jsd", "bfloat16", 90),
-    ("distill", "float32", 80),
+    ("cross_entropy", "bfloat16", 80, ALIGNED),
+    ("cross_entropy", "bfloat16", 90, PADDED),
+    ("cross_entropy", "bfloat16", 100, ALIGNED),
+    ("stats", "float32", 90, PADDED),
+    ("cross_entropy_capped", "float32", 100, ALIGNED),
+    ("cross_entropy_filtered", "float16", 90, PADDED),
+    ("forward_kl", "bfloat16", 100, PADDED),
+    ("advantage", "float16", 80, ALIGNED),
+    ("topk_teacher", "bfloat16", 80, PADDED),
+    ("jsd", "bfloat16", 90, ALIGNED),
+    ("distill_jsd", "bfloat16", 90, PADDED),
+    ("distill", "float32", 80, ALIGNED),
 ]
-ALL = [(name, dtype, sm) for name in EXAMPLES for dtype in DTYPES for sm in aot.CAPABILITIES]
-CASES = ALL if os.environ.get("PAD_KERNELS_CUBINS") == "all" else FEW
+#: A bias has no padding, and is read entry by entry.
+ALL = [
+    (name, dtype, sm, block)
+    for name, example in EXAMPLES.items()
+    for dtype in DTYPES
+    for sm in aot.CAPABILITIES
+    for block in ((ALIGNED,) if example.biased else (ALIGNED, PADDED))
+]
+EVERYTHING = os.environ.get("PAD_KERNELS_CUBINS") == "all"
+CASES = ALL if EVERYTHING else FEW
+#: Whose trials are compiled: of each number of streams a light and a heavy one.
+TRIED = ["stats", "forward_kl", "distill_jsd", "skew_reverse_kl"]
 
 
 def compiled(launch: Launch, capability: int) -> aot.Cubin:
@@ -55,9 +68,9 @@ def check(launch: Launch, capability: int) -> aot.Cubin:
     return found
 
 
-@pytest.mark.parametrize(("name", "dtype", "capability"), CASES)
-def test_row_passes(name: str, dtype: str, capability: int) -> None:
-    for launch in launches(EXAMPLES[name], DTYPES[dtype], capability):
+@pytest.mark.parametrize(("name", "dtype", "capability", "block"), CASES)
+def test_row_passes(name: str, dtype: str, capability: int, block: tuple[int, int]) -> None:
+    for launch in launches(EXAMPLES[name], DTYPES[dtype], capability, 4096, *block):
         found = check(launch, capability)
         if launch.kernel.__name__ == "merge_statistics":
             continue
@@ -71,13 +84,32 @@ def test_row_passes(name: str, dtype: str, capability: int) -> None:
             assert found.count(r"STG[.A-Z]*\.128[.\w]*") == found.count(r"STG[.\w]*") == depth
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "place"),
+    [(name, sm, place) for name in TRIED for sm in aot.CAPABILITIES for place in range(4)]
+    if EVERYTHING
+    else [("skew_reverse_kl", 90, 1)],
+)
+def test_trials_of_row_passes(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: int, place: int
+) -> None:
+    """Each kernel in the shapes that autotuning measures beside the shipped one."""
+
+    def choose(key: str, like: object, shipped: Any, trials: Any, attempt: object) -> Any:
+        return trials[min(place, len(trials) - 1)]
+
+    monkeypatch.setattr(autotune, "choose", choose)
+    for launch in launches(EXAMPLES[name], torch.bfloat16, capability):
+        check(launch, capability)
+
+
 @pytest.mark.parametrize("capability", aot.CAPABILITIES)
 def test_transform(capability: int) -> None:
     check(transform(HeadOptions(30.0, 0.9, 0.7), torch.empty(100, device="meta")), capability)
 
 
 def test_rows_that_are_not_aligned_still_compile() -> None:
-    """An odd vocabulary: no wide accesses, and nothing in local memory either."""
+    """Kept logits of an odd vocabulary: no wide accesses, and nothing in local memory either."""
     for launch in launches(EXAMPLES["forward_kl"], torch.bfloat16, 90, cols=50257):
         found = check(launch, 90)
         assert found.count(r"STG[.A-Z]*\.128[.\w]*") == 0

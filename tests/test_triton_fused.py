@@ -18,9 +18,12 @@ from pad_kernels.backends.triton.launch import Launch
 from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.tilings import (
     LIVE,
+    LIVE_TRIALS,
+    Tiling,
     choose_splits,
     gradient_tiling,
     statistics_tiling,
+    tiling_trials,
 )
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.problem import Stream
@@ -65,11 +68,9 @@ PICKED = {"options": 200, "options_capped": 4}
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    parts = ("fused", "filter", "tokens", "autotune")
     found = subprocess.run(
-        [
-            *command,
-            *(str(HERE / f"interpreted_{part}.py") for part in ("fused", "filter", "tokens")),
-        ],
+        [*command, *(str(HERE / f"interpreted_{part}.py") for part in parts)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -78,10 +79,24 @@ def test_kernels_under_the_interpreter() -> None:
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 
+def shipped_for_statistics(name: str, capability: int) -> Tiling:
+    """The tiling of an op's statistics."""
+    count, wanted, head = ASKED[name]
+    measured = Measured.of(range(count), wanted)
+    assert measured is not None
+    labels = torch.empty(1, PICKED.get(name, 1), device="meta")
+    extras = measured.extras_with({"labels": labels})
+    return statistics_tiling(capability, count, extras, plain=head == PLAIN)
+
+
 def statistics_launches(
-    name: str, capability: int, dtype: torch.dtype, shape: tuple[int, int, int]
+    name: str,
+    capability: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    tiling: Tiling | None = None,
 ) -> tuple[Launch, Launch]:
-    """The launches of an op at (N, V, H), without a device."""
+    """The launches of an op at (N, V, H), without a device, in the shipped tiling or another."""
     count, wanted, head = ASKED[name]
     rows, vocab, size = shape
     with torch.device("meta"):
@@ -97,8 +112,7 @@ def statistics_launches(
         measured = Measured.of(range(count), wanted)
         assert measured is not None
         partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
-    extras = measured.extras_with(inputs)
-    tiling = statistics_tiling(capability, count, extras, plain=head == PLAIN)
+    tiling = tiling or shipped_for_statistics(name, capability)
     assert operands.readable
     tma = capability >= 90
     return fused.statistics_launches(measured, operands, tiling, stats, partial, tma=tma)
@@ -137,7 +151,15 @@ GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] 
 }
 
 
-def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
+def shipped_for_gradient(name: str, capability: int, filtered: bool) -> Tiling:
+    """The tiling of an op's gradient."""
+    count, _, _, head = GRADIENTS[name]
+    return gradient_tiling(capability, count, plain=head == PLAIN, filtered=filtered)
+
+
+def gradient_launch(
+    name: str, capability: int, filtered: bool, tiling: Tiling | None = None
+) -> Launch:
     """The launch of an op's gradient at a large model's block, without a device."""
     count, moments, probabilities, head = GRADIENTS[name]
     rows, cols, size, k = 8192, 4096, 4096, PICKED.get(name, 1)
@@ -158,7 +180,7 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
         out = torch.empty(rows, cols, dtype=torch.bfloat16)
         peaks = torch.empty(rows // 128, cols // 128, dtype=torch.int32) if filtered else None
         bound = torch.empty(1) if filtered else None
-    tiling = gradient_tiling(capability, count, plain=head == PLAIN, filtered=filtered)
+    tiling = tiling or shipped_for_gradient(name, capability, filtered)
     used, tma = list(range(count)), capability >= 90
     arguments = (operands, used, tiling, stats, terms, out, 4096, peaks, bound)
     return fused.gradient_launch(*arguments, tma=tma)
@@ -181,32 +203,38 @@ LIVE_PRODUCTS = {
     "late_weight": (True, False, torch.bfloat16, True),
     "kept_hidden": (False, True, torch.float32, False),
     "kept_weight": (True, True, torch.bfloat16, False),
+    "float16_weight": (True, True, torch.float16, True),
 }
+#: Columns of dL/dz, and how far its rows are apart: a chunk; what 16 does not divide.
+BLOCKS = [(4096, 4096), (50257, 50272)]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", LIVE_PRODUCTS if EVERYTHING else ["early_weight", "late_hidden"])
-def test_live_products_compile(name: str, capability: int) -> None:
+@pytest.mark.parametrize("name", LIVE_PRODUCTS if EVERYTHING else ["late_hidden", "float16_weight"])
+@pytest.mark.parametrize(("cols", "pitch"), BLOCKS if EVERYTHING else BLOCKS[1:])
+def test_live_products_compile(name: str, capability: int, cols: int, pitch: int) -> None:
     transposed, add, into, ordered = LIVE_PRODUCTS[name]
-    rows, cols, size, vocab = 8192, 4096, 4096, 128256
+    rows, size, vocab = 8192, 4096, 128256
+    dtype = torch.float16 if into == torch.float16 else torch.bfloat16
     with torch.device("meta"):
-        dz = torch.empty(rows, cols, dtype=torch.bfloat16)
-        live = LiveTiles(
-            *(dz, torch.empty(rows // 128, cols // 128), torch.empty(1)),
-            tiling=LIVE[capability],
-        )
+        dz = torch.empty(rows, pitch, dtype=dtype)[:, :cols]
+        live = LiveTiles(dz, torch.empty(rows // 128, -(-cols // 128)), torch.empty(1))
         listed = live.lists()
-        other = torch.empty(rows if transposed else vocab, size, dtype=torch.bfloat16)
+        other = torch.empty(rows if transposed else vocab, size, dtype=dtype)
         total = torch.empty(vocab if transposed else rows, size, dtype=into)
         index = torch.empty(cols, dtype=torch.int64) if ordered else None
+        scale = torch.empty(()) if into == torch.float16 else None
     for launch in listed[:1]:
         compiled(launch, capability)
-    cubin = compiled(live.product(total, other, index, transposed=transposed, add=add), capability)
-    assert cubin.count(TENSOR_CORES[capability])
-    # Matrices pass the registers by, 16 bytes at a time, several steps under way.
-    assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*")
-    step = 2 * LIVE[capability].depth * (FILTER_TILE + LIVE[capability].features)
-    assert cubin.shared >= 2 * step
+    for tiling in (LIVE[capability], *(LIVE_TRIALS[capability] if EVERYTHING else ())):
+        options = {"transposed": transposed, "add": add, "scale": scale, "tiling": tiling}
+        cubin = compiled(live.product(total, other, index, **options), capability)
+        assert cubin.count(TENSOR_CORES[capability])
+        # Matrices pass the registers by, 16 bytes at a time, several steps under way.
+        assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*")
+        assert not cubin.count(r"LDG[.A-Z]*\.U16[.\w]*")
+        under_way = 2 if tiling == LIVE[capability] else 1
+        assert cubin.shared >= under_way * 2 * tiling.depth * (FILTER_TILE + tiling.features)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -217,6 +245,31 @@ def test_gradients_compile(name: str, capability: int) -> None:
     assert cubin.count(r"LDGSTS\.E[.\w]*\.128[.\w]*" if capability < 90 else r"UTMALDG[.\w]*")
     assert cubin.count(r"STG\.E\.128[.\w]*")
     compiled(gradient_launch(name, capability, "distill" not in name), capability)
+
+
+#: Whose trials are compiled: light ones, and the heaviest of each number of streams.
+TRIED = ["logprob", "distill", "distill_advantage"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100] if EVERYTHING else [90])
+@pytest.mark.parametrize("name", ["token_stats", *TRIED] if EVERYTHING else ["logprob"])
+def test_trials_of_statistics_compile(name: str, capability: int) -> None:
+    """What autotuning measures; by default, the first."""
+    trials = tiling_trials(capability, shipped_for_statistics(name, capability))
+    for tiling in trials if EVERYTHING else trials[:1]:
+        shape = 8192, 128256, 4096
+        launch, _ = statistics_launches(name, capability, torch.bfloat16, shape, tiling)
+        compiled(launch, capability)
+
+
+@pytest.mark.parametrize("filtered", [False, True] if EVERYTHING else [True])
+@pytest.mark.parametrize("capability", [80, 90, 100] if EVERYTHING else [100])
+@pytest.mark.parametrize("name", ["logprob_capped", *TRIED] if EVERYTHING else ["logprob"])
+def test_trials_of_gradients_compile(name: str, capability: int, filtered: bool) -> None:
+    shipped = shipped_for_gradient(name, capability, filtered)
+    trials = tiling_trials(capability, shipped, filtered=filtered)
+    for tiling in trials if EVERYTHING else trials[:1]:
+        compiled(gradient_launch(name, capability, filtered, tiling), capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

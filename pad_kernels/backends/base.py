@@ -84,7 +84,8 @@ class Backend(Protocol):
     ) -> Tensor | None:
         """Write the gradient with respect to the student's raw logits to ``out`` [rows, cols].
 
-        ``out`` may be the student's logits. With a filter's ``bound`` (0-d) the largest magnitudes
+        ``out`` may be the student's logits; where its rows are padded (``engine.plan.row_pitch``),
+        the padding may be overwritten. With a filter's ``bound`` (0-d) the largest magnitudes
         of its tiles are returned: [column tiles] over all rows, or [row tiles, column tiles].
         """
         ...
@@ -157,9 +158,18 @@ class LiveTiles(Protocol):
         ...
 
     def times_hidden(
-        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+        self,
+        total: Tensor,
+        hidden: Tensor,
+        index: Tensor | None,
+        *,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> None:
-        """Rows ``index`` of the total [V, H] = dz.T @ hidden, or added to it."""
+        """Rows ``index`` of the total [V, H] = dz.T @ hidden * scale, or added to it.
+
+        ``scale`` is a power of two (0-d): a total in half precision gets what it can hold.
+        """
         ...
 
 

@@ -216,7 +216,8 @@ class GradientBuffers:
         for i, (rows, tiles) in enumerate(live):
             assert tiles is not None
             if target is not None:
-                tiles.times_hidden(target, hidden[rows], order, add=i > 0)
+                # Other sums are float32 and wait for their power of two until the end.
+                tiles.times_hidden(target, hidden[rows], order, add=i > 0, scale=self._inverse)
             if self.hidden is not None:
                 tiles.times_weight(self._hidden_total()[rows], weight, order, add=True)
 

@@ -15,9 +15,9 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -25,19 +25,20 @@ from torch import Tensor
 from triton.runtime.errors import TritonError
 from triton.testing import do_bench
 
-from pad_kernels.backends.triton.launch import Device, Launch, run
-from pad_kernels.backends.triton.tilings import TRIALS, Tiling, generation
+from pad_kernels.backends.triton.launch import Launch, run
+from pad_kernels.engine.workspace import Workspace
+
+#: Most that a trial takes for what it writes in the place of what matters, bytes: some ten times
+#: the L2 cache when read and written, and rows enough to keep every processor busy for a while.
+SCRATCH = 128 << 20
+
+#: Block sizes of one kind of kernel: a frozen dataclass.
+Config = TypeVar("Config")
 
 
 def enabled() -> bool:
     """Whether block sizes are to be measured."""
     return os.environ.get("PAD_KERNELS_AUTOTUNE", "0") == "1"
-
-
-def candidates(device: Device, shipped: Tiling) -> list[Tiling]:
-    """The shipped tiling, and what to measure it against if that was asked for."""
-    trials = TRIALS[generation(device.capability)] if enabled() else ()
-    return list(dict.fromkeys((shipped, *trials)))
 
 
 def shape_class(*sizes: int) -> str:
@@ -71,16 +72,16 @@ class Choices:
             return {}
         return found
 
-    def get(self, key: str, tilings: Sequence[Tiling]) -> Tiling | None:
-        """The choice, if there is one and it is still a candidate."""
+    def get(self, key: str, configs: Sequence[Config]) -> Config | None:
+        """The choice, if there is one and it is still a candidate, field by field."""
         kept = self.found.get(key)
-        return next((tiling for tiling in tilings if asdict(tiling) == kept), None)
+        return next((config for config in configs if vars(config) == kept), None)
 
-    def put(self, key: str, tiling: Tiling) -> None:
+    def put(self, key: str, config: object) -> None:
         """Keep a choice, beside what other processes have kept in the meantime."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.found = {**self.found, **self._read(), key: asdict(tiling)}
+            self.found = {**self.found, **self._read(), key: vars(config)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # In full under another name first: nobody ever reads half a file.
@@ -102,30 +103,38 @@ def choices(device: torch.device) -> Choices:
 
 
 def choose(
-    key: str, like: Tensor, tilings: Sequence[Tiling], build: Callable[[Tiling], Sequence[Launch]]
-) -> Tiling:
-    """The shipped tiling, which comes first, or of several the one with the shortest run.
+    key: str,
+    like: Tensor,
+    shipped: Config,
+    trials: Sequence[Config],
+    attempt: Callable[[Config, Workspace], Sequence[Launch]],
+) -> Config:
+    """The shipped block sizes, or, where that is asked for, those with the shortest run.
 
     Args:
         key: kernel, dtype, shape class and whatever else makes it another kernel.
         like: a tensor of the device.
-        tilings: of :func:`candidates`.
-        build: launches with a tiling; what they write does not matter yet.
+        shipped: block sizes.
+        trials: what to measure them against.
+        attempt: launches with some block sizes. They run many times, so that nothing they write
+            may matter: neither what they read again nor what they add to. In its place there is
+            scratch, at most ``SCRATCH`` bytes, which is given back before the next trial.
     """
-    if len(tilings) == 1:
-        return tilings[0]
-    kept = choices(like.device)
-    if (known := kept.get(key, tilings)) is not None:
+    if not enabled():
+        return shipped
+    kept, configs = choices(like.device), list(dict.fromkeys((shipped, *trials)))
+    if (known := kept.get(key, configs)) is not None:
         return known
     if like.is_cuda and torch.cuda.is_current_stream_capturing():  # nothing can be measured
-        return tilings[0]
+        return shipped
     times = {}
-    for tiling in tilings:
-        try:
-            trial = functools.partial(run, like, *build(tiling))
-            times[tiling] = float(do_bench(trial, return_mode="median"))
-        except TritonError:  # more shared memory or registers than there are
-            continue
-    best = min(times, key=lambda tiling: times[tiling], default=tilings[0])
+    for config in configs:
+        with Workspace(like.device) as scratch:
+            try:
+                trial = functools.partial(run, like, *attempt(config, scratch))
+                times[config] = float(do_bench(trial, return_mode="median"))
+            except TritonError:  # more shared memory or registers than there are
+                continue
+    best = min(times, key=lambda config: times[config], default=shipped)
     kept.put(key, best)
     return best

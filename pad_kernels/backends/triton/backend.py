@@ -15,9 +15,10 @@ from pad_kernels.backends.base import (
 from pad_kernels.backends.choice import get_backend
 from pad_kernels.backends.registry import interpreting, triton_error
 from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_statistics
+from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.gather import gather_hidden, gather_logits, scatter_weight
 from pad_kernels.backends.triton.launch import Device, run
-from pad_kernels.backends.triton.live import LiveTiles, multiplies
+from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.passes import Passes, transform
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.filter import FILTER_TILE
@@ -105,7 +106,7 @@ class TritonBackend:
     def live_tiles(
         self, problem: Problem, hidden: Tensor, dz: Tensor, peaks: Tensor, bound: Tensor
     ) -> Live | None:
-        if not multiplies(problem, hidden):
+        if not Operands.of(problem, {0: hidden}).readable:
             return None
         live = Live(dz, peaks, bound.float().reshape(1))
         run(dz, *live.lists())
@@ -149,9 +150,15 @@ class Live(LiveTiles):
         run(total, self.product(total, weight, index, transposed=False, add=add))
 
     def times_hidden(
-        self, total: Tensor, hidden: Tensor, index: Tensor | None, *, add: bool
+        self,
+        total: Tensor,
+        hidden: Tensor,
+        index: Tensor | None,
+        *,
+        add: bool,
+        scale: Tensor | None = None,
     ) -> None:
-        run(total, self.product(total, hidden, index, transposed=True, add=add))
+        run(total, self.product(total, hidden, index, transposed=True, add=add, scale=scale))
 
 
 def _peaks(out: Tensor, bound: Tensor | None) -> Tensor | None:

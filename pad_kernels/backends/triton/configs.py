@@ -42,6 +42,18 @@ GRADIENT = {1: RowConfig(4, 4), 2: RowConfig(4, 2), 3: RowConfig(4, 1), 4: RowCo
 #: A divergence of two sweeps takes about 80 instructions and 20 temporaries an entry.
 OUTCOMES = RowConfig(4, 1)
 
+#: What autotuning tries beside them, by streams: twice or half as many accesses under way, where
+#: twice as many fit into registers on every device, and programs of twice or half the warps, which
+#: have more lanes to join at the end of a row or fewer.
+TRIALS = {
+    1: (RowConfig(4, 2), RowConfig(4, 8), RowConfig(8, 2), RowConfig(8, 4)),
+    2: (RowConfig(4, 1), RowConfig(4, 4), RowConfig(8, 1), RowConfig(8, 2)),
+    3: (RowConfig(2, 1), RowConfig(8, 1)),
+    4: (RowConfig(2, 1), RowConfig(8, 1)),
+}
+#: Beside ``OUTCOMES``. Fewer warps leave a stack frame on Blackwell.
+OUTCOMES_TRIALS = (RowConfig(8, 1),)
+
 #: Programs for each multiprocessor: several waves of what fits, so that the last one is small.
 PROGRAMS = 32
 #: Programs of a grid's second axis, at most.

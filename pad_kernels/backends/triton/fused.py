@@ -14,16 +14,18 @@ from pad_kernels.backends.triton.columns import Columns
 from pad_kernels.backends.triton.fused_gradient import fused_gradient_kernel
 from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.fused_stats import fused_statistics_kernel, merge_splits_kernel
-from pad_kernels.backends.triton.launch import Device, Launch
+from pad_kernels.backends.triton.launch import Device, Launch, reach
 from pad_kernels.backends.triton.tilings import (
     MERGE_ROWS,
     Tiling,
     choose_splits,
     gradient_tiling,
     statistics_tiling,
+    tiling_trials,
 )
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.recipe import Recipe
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import RowStats, Statistic
 
@@ -112,7 +114,7 @@ def plan_statistics(
         tiles = cdiv(count, tiling.rows), cdiv(vocab, tiling.cols)
         return choose_splits(*tiles, device.multiprocessors, tiling.group, most)
 
-    def build(tiling: Tiling) -> tuple[Launch, Launch]:
+    def build(tiling: Tiling, scratch: Workspace | None = None) -> tuple[Launch, Launch]:
         bytes_of = room.view(-1).view(torch.uint8)[: splits(tiling) * slots * count * 8]
         partial = bytes_of.view(torch.float64).view(-1, slots, count)
         copies = device.capability >= 90
@@ -121,9 +123,9 @@ def plan_statistics(
     extras = measured.extras_with(stats.inputs)
     streams = len(measured.streams)
     shipped = statistics_tiling(device.capability, streams, extras, plain=operands.plain)
-    tilings = autotune.candidates(device, shipped)
+    trials = tiling_trials(device.capability, shipped)
     key = f"statistics/{extras}/{operands.key}"
-    return build(autotune.choose(key, room, tilings, build))
+    return build(autotune.choose(key, room, shipped, trials, build))
 
 
 def gradient_launch(
@@ -163,7 +165,7 @@ def gradient_launch(
         sparse = listed[0], listed[1].float(), listed[0].shape[1]
     arguments = {
         **operands.arguments(tiling, tma=tma),
-        "out": (out, out.stride(0)),
+        "out": (out, out.stride(0), reach(operands.shape[1], out)),
         "coefficients": columns.packed(),
         "sparse": sparse,
         "peaks": peaks,
@@ -198,17 +200,20 @@ def plan_gradient(
             tma=device.capability >= 90,
         )
 
+    def attempt(tiling: Tiling, scratch: Workspace) -> list[Launch]:
+        """It may write dL/dz again and again, but not merge other sums' magnitudes into peaks."""
+        launch = build(tiling)
+        if peaks is None:
+            return [launch]
+        return [launch.instead(peaks=scratch.empty(*peaks.shape, dtype=peaks.dtype))]
+
     shipped = gradient_tiling(device.capability, len(used), plain=plain, filtered=filtered)
-    # Tiles that the filter looks at have its size.
-    tilings = [shipped] if filtered else autotune.candidates(device, shipped)
-    key = f"gradient/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
-    return build(autotune.choose(key, out, tilings, lambda tiling: [build(tiling)]))
+    trials = tiling_trials(device.capability, shipped, filtered=filtered)
+    name = "filtered gradient" if filtered else "gradient"
+    key = f"{name}/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
+    return build(autotune.choose(key, out, shipped, trials, attempt))
 
 
 def filters_tiles(recipe: Recipe) -> bool:
-    """Whether tiles below the filter's bound need not be written, as nobody reads them.
-
-    A bias gradient does; and so do products of float16, whose sums the tiles' kernels cannot
-    restore to their size.
-    """
-    return not recipe.needs[2] and recipe.gemm != torch.float16
+    """Whether tiles below the filter's bound need not be written: a bias gradient reads them."""
+    return not recipe.needs[2]

@@ -32,7 +32,7 @@ def fused_gradient_kernel(
     biases,  # for each stream (vocab,) float32, or None
     shapes,  # for each stream (H, stride of hidden, stride of weight)
     heads,  # for each stream (scale, softcap, temperature)
-    out,  # (pointer to (rows, vocab), its stride)
+    out,  # (pointer to (rows, vocab), its stride, columns that may be written)
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
     sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32, count), or None
     peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
@@ -85,8 +85,9 @@ def fused_gradient_kernel(
         d = _scattered(d, sparse, row, rows, col + offset, BLOCK_M, BLOCK_N)
     d *= head_slope(raw, heads[0], KINDS[0])
     cols = col + tl.arange(0, BLOCK_N)
-    inside = (at < rows)[:, None] & (cols < vocab)[None, :]
-    stored = d.to(out[0].dtype.element_ty)
+    # Behind the last column zeros, as far as whole accesses of 16 bytes go.
+    stored = tl.where((cols < vocab)[None, :], d, 0.0).to(out[0].dtype.element_ty)
+    inside = (at < rows)[:, None] & (cols < out[2])[None, :]
     if peaks is not None:
         # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in any
         # order, so that the atomic is deterministic.

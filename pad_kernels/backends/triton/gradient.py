@@ -81,6 +81,7 @@ def row_outcomes(
     partial,  # (2, splits, rows) float64: sums of value and slope
     rows,
     cols,
+    reach,  # columns that may be read
     tiles,
     KINDS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -100,7 +101,8 @@ def row_outcomes(
         inside = columns < end
         tile = ()
         for j in tl.static_range(2):
-            raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
+            line = row.to(tl.int64) * strides[j]
+            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
             a = head_transform(raw, heads[j], KINDS[j])
             tile = tile + (tl.where(inside, a, -float("inf")),)
         x_s, x_t = tile[0] - c[0], tile[1] - c[1]
@@ -118,8 +120,7 @@ def row_gradient(
     strides,
     biases,  # (cols,) float32, or None
     heads,  # (scale, softcap, temperature)
-    out,  # (rows, cols), rows `out_stride` apart; may be the first stream
-    out_stride,
+    out,  # (pointer to (rows, cols), its stride, columns that may be written), may be a stream
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
     sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32), or None
     count,
@@ -129,6 +130,7 @@ def row_gradient(
     peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
     rows,
     cols,
+    reach,  # columns that may be read
     tiles,
     offset,
     KINDS: tl.constexpr,
@@ -163,10 +165,12 @@ def row_gradient(
     for start in range(begin, end, DEPTH * LANES):
         columns = start + lanes
         inside = columns < end
-        first_raw = load_raw(logits[0], biases[0], row.to(tl.int64) * strides[0], columns, inside)
+        line = row.to(tl.int64) * strides[0]
+        first_raw = load_raw(logits[0], biases[0], line, columns, columns < reach, inside)
         x = (head_transform(first_raw, heads[0], KINDS[0]),)
         for j in tl.static_range(1, len(KINDS)):
-            raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
+            line = row.to(tl.int64) * strides[j]
+            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
             x = x + (head_transform(raw, heads[j], KINDS[j]),)
         d = tl.zeros([DEPTH, LANES], tl.float32)
         if CONSTANT >= 0:
@@ -189,17 +193,18 @@ def row_gradient(
                 cursor += 1
                 upcoming = next_column(listed, cursor, count, offset)
         d *= head_slope(first_raw, heads[0], KINDS[0])
-        stored = d.to(out.dtype.element_ty)
-        tl.store(out + row.to(tl.int64) * out_stride + columns, stored, mask=inside)
+        # Behind the last column zeros, as far as whole accesses go.
+        stored = tl.where(inside, d, 0.0).to(out[0].dtype.element_ty)
+        target = out[0] + row.to(tl.int64) * out[1] + columns
+        tl.store(target, stored, mask=columns < out[2])
         if peaks is not None:
             # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in
             # any order, so that the atomic is deterministic.
             bits = tl.abs(stored.to(tl.float32)).to(tl.int32, bitcast=True)
-            bits = tl.where(inside, bits, 0)
             most = tl.max(tl.reshape(bits, (DEPTH * LANES // FILTER, FILTER)), 1)
             place = start // FILTER + tl.arange(0, DEPTH * LANES // FILTER)
-            line = peaks + row // FILTER * tl.cdiv(cols, FILTER)
-            tl.atomic_max(line + place, most, mask=place * FILTER < end)
+            of_row = peaks + row // FILTER * tl.cdiv(cols, FILTER)
+            tl.atomic_max(of_row + place, most, mask=place * FILTER < end)
 
 
 @triton.jit

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pad_kernels.backends.triton import math
+from pad_kernels.engine.plan import ALIGNED
 from pad_kernels.heads import HeadOptions
 
 
@@ -33,6 +34,10 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """How it is compiled: without fused multiply-adds, see math.py."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+    def instead(self, grid: tuple[int, ...] | None = None, **arguments: Any) -> Launch:
+        """The same kernel with some other arguments, or over another grid."""
+        return replace(self, grid=grid or self.grid, arguments={**self.arguments, **arguments})
 
     def run(self) -> None:
         """Put it on the current stream of the current device."""
@@ -62,6 +67,16 @@ class Device:
             return Device(90, 1)
         found = torch.cuda.get_device_properties(device)
         return Device(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def reach(cols: int, *matrices: Tensor) -> int:
+    """Columns of matrices [rows, cols] that kernels touch: whole accesses, where rows are padded.
+
+    Padding (``engine.plan.row_pitch``) belongs to nobody. Where it is read it counts nothing;
+    gradients write zeros there, so that it adds nothing to products over it either.
+    """
+    pitch = -(-cols // ALIGNED) * ALIGNED
+    return pitch if all(x.stride(0) == pitch for x in matrices) else cols
 
 
 def head_kind(head: HeadOptions) -> int:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from pad_kernels.backends.triton.fused_operands import Operands
-from pad_kernels.backends.triton.launch import Device, Launch
+from pad_kernels.backends.triton import autotune
+from pad_kernels.backends.triton.launch import Device, Launch, reach
 from pad_kernels.backends.triton.live_kernels import list_live_kernel, live_product_kernel
-from pad_kernels.backends.triton.tilings import LIVE, LiveTiling, generation
+from pad_kernels.backends.triton.tilings import (
+    LIVE,
+    LIVE_TRIALS,
+    LiveTiling,
+    generation,
+)
 from pad_kernels.engine.filter import FILTER_TILE
-from pad_kernels.engine.problem import Problem
+from pad_kernels.engine.workspace import Workspace
 
 #: Tiles that a program looks at together when it lists the live ones.
 _LISTED = 256
-
-
-def multiplies(problem: Problem, hidden: Tensor) -> bool:
-    """Whether the kernels can read the matrices; those that made the gradient could.
-
-    What they write of float16 would lack the power of two that its operands have.
-    """
-    return problem.recipe.gemm != torch.float16 and Operands.of(problem, {0: hidden}).readable
 
 
 @dataclass
@@ -36,14 +35,12 @@ class LiveTiles:
         peaks: [row tiles, column tiles] float32, the largest magnitude of each.
         bound: [1] float32.
         tile: rows and columns of a tile.
-        tiling: of the products; None: the device's.
     """
 
     dz: Tensor
     peaks: Tensor
     bound: Tensor
     tile: int = FILTER_TILE
-    tiling: LiveTiling | None = None
     _lists: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def lists(self) -> list[Launch]:
@@ -69,7 +66,15 @@ class LiveTiles:
         return found
 
     def product(
-        self, total: Tensor, other: Tensor, index: Tensor | None, *, transposed: bool, add: bool
+        self,
+        total: Tensor,
+        other: Tensor,
+        index: Tensor | None,
+        *,
+        transposed: bool,
+        add: bool,
+        scale: Tensor | None = None,
+        tiling: LiveTiling | None = None,
     ) -> Launch:
         """The launch of dz @ other, or of dz.T @ other.
 
@@ -78,18 +83,28 @@ class LiveTiles:
             other: the weight, or the hidden states [rows, H] if transposed.
             index: int64 [cols], which row of the weight, or of its gradient, a column is.
             add: to what is there.
+            scale: one number, a power of two that the product is multiplied by.
+            tiling: None: the device's.
         """
         lists, counts = self._lists[transposed]
         rows, cols = self.dz.shape
         width = other.shape[1]
-        tiling = self.tiling or LIVE[generation(Device.of(self.dz.device).capability)]
+        if tiling is None:
+            build = functools.partial(
+                self.product, total, other, index, transposed=transposed, add=add, scale=scale
+            )
+            dtypes = "-".join(str(x.dtype).removeprefix("torch.") for x in (other, total))
+            kind = "".join(str(int(x)) for x in (transposed, add, index is not None))
+            key = f"live product/{kind}/{dtypes}/{autotune.shape_class(rows, cols, width)}"
+            tiling = self._measured(key, build)
         arguments = {
-            "dz": (self.dz, self.dz.stride(0)),
+            "dz": (self.dz, self.dz.stride(0), reach(cols, self.dz)),
             "other": (other, other.stride(0)),
             "total": (total, total.stride(0)),
             "index": index,
             "lists": lists,
             "counts": counts,
+            "scale": None if scale is None else scale.float().reshape(1),
             "length": lists.shape[1],
             "rows": rows,
             "cols": cols,
@@ -104,3 +119,36 @@ class LiveTiles:
         }
         grid = (lists.shape[0] * cdiv(width, tiling.features),)
         return Launch(live_product_kernel, grid, arguments, constants, tiling.warps, tiling.stages)
+
+    def _measured(self, key: str, build: Callable[..., Launch]) -> LiveTiling:
+        """The device's tiling, or the fastest if that was asked for."""
+        known = generation(Device.of(self.dz.device).capability)
+
+        def attempt(tiling: LiveTiling, scratch: Workspace) -> list[Launch]:
+            return [self._elsewhere(build(tiling=tiling), scratch)]
+
+        return autotune.choose(key, self.dz, LIVE[known], LIVE_TRIALS[known], attempt)
+
+    def _elsewhere(self, launch: Launch, scratch: Workspace) -> Launch:
+        """A product of as many lines of tiles as scratch has room for, written there.
+
+        A sum has to get it once; and all tiles are read, as how many are alive is this step's.
+        """
+        given = launch.arguments
+        (total, _), index, lists = given["total"], given["index"], given["lists"]
+        line = self.tile * given["width"] * total.element_size()
+        lines = max(min(lists.shape[0], autotune.SCRATCH // line), 1)
+        room = scratch.empty(lines * self.tile, given["width"], dtype=total.dtype)
+        every = scratch.empty(lines, lists.shape[1], dtype=lists.dtype)
+        every.copy_(torch.arange(lists.shape[1], device=every.device))
+        counts = scratch.empty(lines, dtype=lists.dtype).fill_(lists.shape[1])
+        if index is not None and launch.constants["TRANSPOSED"]:
+            places = torch.arange(index.shape[0], device=index.device) % room.shape[0]
+            index = scratch.empty(index.shape[0], dtype=index.dtype).copy_(places)
+        return launch.instead(
+            (launch.grid[0] // lists.shape[0] * lines,),
+            total=(room, room.stride(0)),
+            index=index,
+            lists=every,
+            counts=counts,
+        )

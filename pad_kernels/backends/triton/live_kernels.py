@@ -38,12 +38,13 @@ def list_live_kernel(
 
 @triton.jit
 def live_product_kernel(
-    dz,  # (rows, cols): (pointer, stride of a row)
+    dz,  # (rows, cols): (pointer, stride of a row, columns to read, zeros behind the last)
     other,  # (cols or rows, H): the weight, or the hidden states if TRANSPOSED; (pointer, stride)
     total,  # (rows or cols, H): (pointer, stride)
     index,  # (cols,) int64: which row of weight and weight gradient a column is; None: itself
     lists,  # (lines, length) int32: live tiles
     counts,  # (lines,) int32
+    scale,  # (1,) float32: a power of two that products are multiplied by; None: 1
     length,
     rows,
     cols,
@@ -54,7 +55,7 @@ def live_product_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Total = dz @ weight, or dz.T @ hidden if TRANSPOSED, over live tiles; or added to it."""
+    """Total = scale * dz @ weight, or dz.T @ hidden, over live tiles; or added to it."""
     parts = tl.cdiv(width, BLOCK_H)
     line = tl.program_id(0) // parts
     h = tl.program_id(0) % parts * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -69,22 +70,27 @@ def live_product_kernel(
     inside = (m < limit)[:, None] & (h < width)[None, :]
     target = total[0] + at[:, None] * total[1] + h[None, :]
     if ADD:
+        # Before the products: the sums and what is there do not fit into registers side by side.
         sums = tl.load(target, inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            sums *= 1.0 / tl.load(scale)
     else:
         sums = tl.zeros((TILE, BLOCK_H), tl.float32)
     for step in range(steps):
         tile = tl.load(lists + line * length + step // (TILE // BLOCK_K))
         k = tile * TILE + step % (TILE // BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)
         if TRANSPOSED:
-            left = _tile(dz, k.to(tl.int64), m, k < rows, m < cols).T
+            left = _tile(dz, k.to(tl.int64), m, k < rows, m < dz[2]).T
             right = _tile(other, k.to(tl.int64), h, k < rows, h < width)
         else:
-            left = _tile(dz, m.to(tl.int64), k, m < rows, k < cols)
+            left = _tile(dz, m.to(tl.int64), k, m < rows, k < dz[2])
             entry = k.to(tl.int64)
             if index is not None:
                 entry = tl.load(index + k, k < cols, other=0)
             right = _tile(other, entry, h, k < cols, h < width)
         sums = tl.dot(left, right, sums, input_precision="ieee")
+    if scale is not None:
+        sums *= tl.load(scale)
     tl.store(target, sums.to(total[0].dtype.element_ty), inside)
 
 

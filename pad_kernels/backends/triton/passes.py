@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pad_kernels.backends.base import RawBlock
-from pad_kernels.backends.triton import configs, gradient, statistics
+from pad_kernels.backends.triton import autotune, configs, gradient, statistics
 from pad_kernels.backends.triton.columns import Columns
-from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers, reach
 from pad_kernels.engine.filter import FILTER_TILE
+from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
@@ -41,16 +42,34 @@ class Passes:
             "heads": tuple(head_numbers(streams[j].head) for j in used),
             "rows": self.rows,
             "cols": self.cols,
+            "reach": reach(self.cols, *(logits[j] for j in used)),
         }
 
     def _kinds(self, used: Sequence[int]) -> tuple[int, ...]:
         return tuple(head_kind(self.block.problem.streams[j].head) for j in used)
 
-    def _split(self, config: configs.RowConfig) -> tuple[int, int, dict[str, int]]:
-        """Tiles of a program, programs of a row, and the tile's constants."""
-        itemsize = self.block.logits[0].element_size()
+    def _measured(
+        self,
+        name: str,
+        used: Sequence[int],
+        shipped: configs.RowConfig,
+        trials: Sequence[configs.RowConfig],
+        attempt: Callable[[configs.RowConfig, Workspace], list[Launch]],
+    ) -> configs.RowConfig:
+        """The shape of a pass over some streams: shipped, or the fastest if that was asked for."""
+        like = self.block.logits[0]
+        dtype = str(like.dtype).removeprefix("torch.")
+        heads = "".join(map(str, self._kinds(used)))
+        key = f"{name}/{dtype}/heads {heads}/{autotune.shape_class(self.rows, self.cols)}"
+        return autotune.choose(key, like, shipped, trials, attempt)
+
+    def _split(
+        self, config: configs.RowConfig, rows: int | None = None
+    ) -> tuple[int, int, dict[str, int]]:
+        """Tiles of a program, programs of each of some rows, and the tile's constants."""
+        rows, itemsize = rows or self.rows, self.block.logits[0].element_size()
         tile = config.tile(itemsize)
-        tiles = configs.tiles_of_split(self.rows, self.cols, tile, self.device.multiprocessors)
+        tiles = configs.tiles_of_split(rows, self.cols, tile, self.device.multiprocessors)
         shape = {"DEPTH": config.depth, "LANES": config.lanes(itemsize)}
         return tiles, -(-self.cols // (tiles * tile)), shape
 
@@ -68,15 +87,23 @@ class Passes:
         like = self._empty(0, dtype=torch.float64)
         return Normalizer(j).empty(self.rows, {}, like)
 
-    def statistics(self, wanted: Sequence[Statistic]) -> tuple[Launch, Launch]:
-        """Launches that merge this block into first-sweep statistics."""
+    def statistics(
+        self, wanted: Sequence[Statistic], config: configs.RowConfig | None = None
+    ) -> tuple[Launch, Launch]:
+        """Launches that merge this block into first-sweep statistics; the first adds nothing."""
         used = sorted(self.block.logits)
         moments = [s for s in wanted if isinstance(s, Moment)]
         tails = [s for s in wanted if isinstance(s, Tail)]
         total = tuple(self.stats[s][0] for s in wanted if isinstance(s, Total))
         greedy = next((self.stats[s][0] for s in wanted if isinstance(s, Argmax)), None)
         tail = tuple(x for s in tails for x in self.stats[s].unbind())
-        config = configs.statistics_config(self.device.capability, len(used))
+        config = config or self._measured(
+            f"row statistics/{len(moments)}{len(total)}{len(tail)}{int(greedy is not None)}",
+            used,
+            configs.statistics_config(self.device.capability, len(used)),
+            configs.TRIALS[len(used)],
+            lambda tried, scratch: [self.statistics(wanted, tried)[0]],
+        )
         tiles, splits, shape = self._split(config)
         fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
         normalizers = [self._normalizer(j) for j in used]
@@ -122,10 +149,19 @@ class Passes:
         )
         return measure, merge
 
-    def outcomes(self, statistic: Outcomes) -> tuple[Launch, Tensor]:
+    def outcomes(
+        self, statistic: Outcomes, config: configs.RowConfig | None = None
+    ) -> tuple[Launch, Tensor]:
         """The launch of a second sweep, and where it puts its sums [2, splits, rows]."""
         used = [0, statistic.teacher]
-        tiles, splits, shape = self._split(configs.OUTCOMES)
+        config = config or self._measured(
+            f"row outcomes/{statistic.kind}",
+            used,
+            configs.OUTCOMES,
+            configs.OUTCOMES_TRIALS,
+            lambda tried, scratch: [self.outcomes(statistic, tried)[0]],
+        )
+        tiles, splits, shape = self._split(config)
         columns = Columns(self.stats, used)
         assert columns.streams() == ((0, 1), (2, 3))
         columns.log_sums(statistic.teacher)
@@ -145,18 +181,33 @@ class Passes:
                 "KINDS": self._kinds(used),
                 "DIVERGENCE": gradient.DIVERGENCES.index(statistic.kind),
             },
-            configs.OUTCOMES.warps,
+            config.warps,
         )
         return launch, partial
 
-    def gradient(self, terms: LogitGradient, out: Tensor, peaks: Tensor | None) -> Launch:
+    def gradient(
+        self,
+        terms: LogitGradient,
+        out: Tensor,
+        peaks: Tensor | None,
+        config: configs.RowConfig | None = None,
+    ) -> Launch:
         """The launch that writes the gradient with respect to the student's raw logits."""
         assert not terms.centred, "a settled gradient is wanted"
         curved = [(f, g) for f, g in terms.curved if isinstance(f, Divergence)]
         read = {0, *terms.moments, *terms.probabilities, *(f.teacher for f, _ in curved)}
         used = sorted(read)
+        config = config or self._measured(
+            f"row gradient/{len(terms.moments)}{len(terms.probabilities)}{len(terms.outside)}"
+            + "".join(f.kind for f, _ in curved),
+            used,
+            configs.gradient_config(len(used), bool(curved)),
+            configs.OUTCOMES_TRIALS if curved else configs.TRIALS[len(used)],
+            lambda tried, scratch: [
+                self._elsewhere(self.gradient(terms, out, peaks, tried), tried, scratch)
+            ],
+        )
         columns = Columns(self.stats, used)
-        config = configs.gradient_config(len(used), bool(curved))
         tiles, splits, shape = self._split(config)
         sparse = terms.sorted_sparse()
         outside = next(iter(terms.outside), None)
@@ -172,8 +223,7 @@ class Passes:
         }
         arguments = {
             **self._streams(used),
-            "out": out,
-            "out_stride": out.stride(0),
+            "out": (out, out.stride(0), reach(self.cols, out)),
             "coefficients": columns.packed(),
             "sparse": None if sparse is None else (sparse[0], sparse[1].float()),
             "count": 0 if sparse is None else sparse[0].shape[1],
@@ -187,6 +237,19 @@ class Passes:
         return Launch(
             gradient.row_gradient, (self.rows, splits), arguments, constants, config.warps
         )
+
+    def _elsewhere(self, launch: Launch, config: configs.RowConfig, scratch: Workspace) -> Launch:
+        """A gradient of as many rows as scratch has room for, written there.
+
+        In its own place it would run over logits that are gone after the first time.
+        """
+        out, _, cols = launch.arguments["out"]
+        rows = max(min(self.rows, autotune.SCRATCH // (cols * out.element_size())), 1)
+        tiles, splits, _ = self._split(config, rows)
+        room, peaks = scratch.empty(rows, cols, dtype=out.dtype), launch.arguments["peaks"]
+        if peaks is not None:
+            peaks = scratch.empty(*peaks.shape, dtype=peaks.dtype)
+        return launch.instead((rows, splits), out=(room, cols, cols), peaks=peaks, tiles=tiles)
 
 
 def transform(head: HeadOptions, values: Tensor) -> Launch:

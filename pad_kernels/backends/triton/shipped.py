@@ -78,9 +78,17 @@ _IDS = {"labels": 1, "teacher_ids": 64, "teacher_logprobs": 64}
 
 
 def launches(
-    example: Example, dtype: torch.dtype, capability: int, rows: int = 4096, cols: int = 32064
+    example: Example,
+    dtype: torch.dtype,
+    capability: int,
+    rows: int = 4096,
+    cols: int = 32064,
+    pitch: int | None = None,
 ) -> Iterator[Launch]:
-    """Every launch for a block [rows, cols] of logits: statistics, second sweep, gradient."""
+    """Every launch for a block of logits [rows, cols]: statistics, second sweep, gradient.
+
+    Its rows are ``pitch`` entries apart; None: as many as they have.
+    """
     streams = 1 + max((j for f in example.functionals for j in f.teachers), default=0)
     bias = torch.empty(cols, device="meta") if example.biased else None
     hidden, weight = torch.empty(rows, 16, device="meta"), torch.empty(cols, 16, device="meta")
@@ -107,7 +115,8 @@ def launches(
     heads = [Stream(hidden, weight, bias, example.head) for _ in range(streams)]
     problem = Problem(recipe, heads, rows, None, rows, [], inputs, weight, None)
     stats = empty_stats(recipe.measured(), rows, inputs, torch.device("meta"))
-    logits = {j: torch.empty(rows, cols, dtype=dtype, device="meta") for j in range(streams)}
+    room = torch.empty(rows, pitch or cols, dtype=dtype, device="meta")
+    logits = dict.fromkeys(range(streams), room[:, :cols])
     passes = Passes(RawBlock(problem, stats, logits, 0), Device(capability, 132))
     wanted = [s for s in recipe.measured() if not isinstance(s, Picked | Outcomes)]
     yield from passes.statistics(wanted)

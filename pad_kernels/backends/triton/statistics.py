@@ -25,9 +25,12 @@ NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit
-def load_raw(logits, bias, place, columns, inside):
-    """Raw products of a tile in float32, bias added; 0 outside."""
-    raw = tl.load(logits + place + columns, mask=inside, other=0.0).to(tl.float32)
+def load_raw(logits, bias, place, columns, near, inside):
+    """Raw products of a tile in float32, bias added; anything outside.
+
+    ``near`` is ``inside`` and, in padded rows, what a whole access reads beyond it.
+    """
+    raw = tl.load(logits + place + columns, mask=near, other=0.0).to(tl.float32)
     if bias is not None:
         raw += tl.load(bias + columns, mask=inside, other=0.0)
     return raw
@@ -161,6 +164,7 @@ def row_statistics(
     best,  # (splits, rows) int32, the largest entry's column, or None
     rows,
     cols,
+    reach,  # columns that may be read
     tiles,  # of a split
     offset,  # vocabulary id of the first column
     KINDS: tl.constexpr,  # of each stream IDENTITY, LINEAR or CAPPED
@@ -193,7 +197,8 @@ def row_statistics(
         inside = columns < end
         tile = ()
         for j in tl.static_range(len(KINDS)):
-            raw = load_raw(logits[j], biases[j], row.to(tl.int64) * strides[j], columns, inside)
+            line = row.to(tl.int64) * strides[j]
+            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
             a = head_transform(raw, heads[j], KINDS[j])
             tile = tile + (tl.where(inside, a, -float("inf")),)
         joined, totals, shares, scales = add_streams(maxima, sums, tile)

@@ -66,36 +66,34 @@ _CURVED = {
 #: One stream without a head transform and nothing besides: the widest instructions.
 _WIDE = Tiling(128, 256, 64, 8, 3)
 
-#: What autotuning tries beside the shipped sizes: tiles half and twice as wide, steps half and
-#: twice as deep (fewer barriers against fewer stages), four warps for small tiles, and more or
-#: fewer token tiles side by side. What spills or does not fit is slow or refused.
+#: What autotuning tries beside the shipped sizes, by generation; see ``tiling_trials``.
 TRIALS = {
     80: (
-        Tiling(128, 128, 32, 8, 3),
-        Tiling(128, 128, 64, 8, 3),
-        Tiling(128, 64, 64, 8, 3),
-        Tiling(64, 128, 32, 4, 4),
-        Tiling(64, 64, 64, 4, 3),
-        Tiling(128, 128, 32, 8, 4, 8),
-        Tiling(128, 64, 32, 4, 4),
+        Tiling(128, 128, 32, 8, 3),  # fewer stages: more of the L1 cache is one
+        Tiling(128, 128, 64, 8, 3),  # deeper steps: half as many barriers
+        Tiling(128, 128, 32, 8, 4, 8),  # half as many hidden states side by side in a small L2
+        Tiling(64, 128, 32, 4, 4),  # half the tile: more programs, which hide each other's epilogue
+        Tiling(128, 64, 64, 8, 3),  # deeper steps for what has several streams
+        Tiling(64, 64, 32, 8, 3),  # more spill where three streams have everything
     ),
     90: (
-        Tiling(128, 256, 64, 8, 4),
-        Tiling(128, 128, 64, 8, 3),
-        Tiling(128, 128, 128, 8, 2),
-        Tiling(256, 128, 64, 8, 3),
-        Tiling(128, 128, 64, 4, 4),
-        Tiling(64, 128, 64, 4, 4),
-        Tiling(128, 128, 64, 8, 4, 8),
-        Tiling(128, 64, 64, 4, 4),
+        Tiling(128, 256, 64, 8, 4),  # a stage more; nearly all shared memory
+        Tiling(256, 128, 64, 8, 3),  # two tall wgmmas instead of a wide one
+        Tiling(128, 128, 64, 8, 3),  # fewer stages: two programs share a multiprocessor
+        Tiling(128, 128, 128, 8, 2),  # deeper steps: half as many barriers
+        Tiling(128, 128, 64, 8, 4, 8),  # half as many hidden states side by side
+        Tiling(64, 128, 64, 4, 4),  # half the tile, one warp group: two programs hide each other's
+        Tiling(128, 64, 64, 8, 3),  # fewer stages, and deeper steps, for what has several streams
+        Tiling(128, 64, 128, 8, 3),
+        Tiling(128, 32, 128, 8, 3),
     ),
     100: (
-        Tiling(128, 256, 64, 8, 3),
-        Tiling(128, 128, 64, 8, 3),
+        Tiling(128, 128, 64, 8, 3),  # as on Hopper
         Tiling(128, 128, 128, 8, 2),
-        Tiling(128, 64, 128, 8, 3),
-        Tiling(128, 128, 64, 4, 4),
         Tiling(128, 128, 64, 8, 4, 8),
+        Tiling(128, 64, 64, 8, 3),
+        Tiling(128, 64, 128, 8, 3),
+        Tiling(128, 32, 128, 8, 3),
     ),
 }
 
@@ -137,6 +135,24 @@ def gradient_tiling(capability: int, streams: int, *, plain: bool, filtered: boo
     return _LIGHT[known][streams] if plain and not filtered else _CURVED[known][streams]
 
 
+def tiling_trials(capability: int, shipped: Tiling, *, filtered: bool = False) -> list[Tiling]:
+    """What to measure a shipped tiling against.
+
+    Never more sums a warp: the shipped sizes have what fits into registers. A gradient that is
+    filtered keeps its tile, which the filter's is made of, or is.
+    """
+
+    def sums(tiling: Tiling) -> int:
+        return tiling.rows * tiling.cols // tiling.warps
+
+    shape = shipped.rows, shipped.cols
+    return [
+        t
+        for t in TRIALS[generation(capability)]
+        if sums(t) <= sums(shipped) and (not filtered or (t.rows, t.cols) == shape)
+    ]
+
+
 @dataclass(frozen=True)
 class LiveTiling:
     """Shape of a product over live tiles: how many features of H, and of one step.
@@ -162,6 +178,14 @@ LIVE = {
     80: LiveTiling(128, 32, 8, 7),
     90: LiveTiling(256, 64, 8, 5),
     100: LiveTiling(128, 64, 8, 5),
+}
+#: What autotuning tries beside them: fewer stages, so that more programs share a multiprocessor or
+#: its L1 cache; deeper steps, which are half as many barriers; half the features and warps, so that
+#: there are programs enough where few lines of tiles are.
+LIVE_TRIALS = {
+    80: (LiveTiling(128, 32, 8, 6), LiveTiling(128, 64, 8, 6), LiveTiling(64, 32, 4, 8)),
+    90: (LiveTiling(256, 64, 8, 4), LiveTiling(128, 64, 8, 5), LiveTiling(128, 128, 8, 4)),
+    100: (LiveTiling(128, 64, 8, 4), LiveTiling(128, 128, 8, 3), LiveTiling(64, 64, 4, 5)),
 }
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pad_kernels.backends.triton.launch import Launch, head_kind, head_numbers
+from pad_kernels.backends.triton.launch import Launch, head_kind, head_numbers, reach
 from pad_kernels.backends.triton.math import head_transform
 from pad_kernels.engine.problem import Stream
 
@@ -52,6 +52,7 @@ def merge_largest_kernel(
     state,  # (2 k, rows) float64: values over ids, of ``functionals.statistics.Largest``
     state_stride,
     cols,
+    reach,  # columns that may be read
     offset,  # vocabulary id of the first column
     k,
     KIND: tl.constexpr,
@@ -68,7 +69,7 @@ def merge_largest_kernel(
     best = tl.sort(tl.where(tokens >= 0, _pair(held, tokens), _NOTHING), descending=True)
     for start in range(0, cols, TILE):
         col = start + tl.arange(0, TILE)
-        raw = tl.load(logits + row * stride + col, col < cols, other=0.0).to(tl.float32)
+        raw = tl.load(logits + row * stride + col, col < reach, other=0.0).to(tl.float32)
         if bias is not None:
             raw += tl.load(bias + col, col < cols, other=0.0)
         pairs = _pair(head_transform(raw, head, KIND), offset + col)
@@ -97,6 +98,7 @@ def merge_largest(
         "state": state,
         "state_stride": state.stride(0),
         "cols": cols,
+        "reach": reach(cols, logits),
         "offset": offset,
         "k": k,
     }
