@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from pad_kernels.functionals.statistics import (
     Normalizer,
     Picked,
     Statistic,
+    Tail,
     Total,
     empty_stats,
 )
@@ -45,20 +47,28 @@ PLAIN, CAPPED = HeadOptions(), HeadOptions(30.0, 0.9, 0.7)
 ENTROPY = Moment(0, (1.0,))
 FORWARD, REVERSE = Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0))
 ADVANTAGE = Moment(0, (0.0, 1.0, -1.0))
+LABEL, TEACHER, TAIL = Picked("labels"), Picked("teacher_ids"), Tail("teacher_ids")
 #: Streams, statistics, head: what ops ask for, the lightest and the heaviest of each kind.
 ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
-    "logprob": (1, (Picked("labels"),), PLAIN),
-    "logprob_capped": (1, (Picked("labels"),), CAPPED),
-    "options": (1, (Picked("labels"),), PLAIN),
-    "options_capped": (1, (Picked("labels"),), CAPPED),
-    "token_stats": (1, (Picked("labels"), ENTROPY, Total(), Argmax()), CAPPED),
+    "logprob": (1, (LABEL,), PLAIN),
+    "logprob_capped": (1, (LABEL,), CAPPED),
+    "options": (1, (LABEL,), PLAIN),
+    "options_capped": (1, (LABEL,), CAPPED),
+    "token_stats": (1, (LABEL, ENTROPY, Total(), Argmax()), CAPPED),
     "forward_kl": (2, (FORWARD,), PLAIN),
-    "distill": (2, (Picked("labels"), FORWARD, REVERSE, ENTROPY), CAPPED),
+    "distill": (2, (LABEL, FORWARD, REVERSE, ENTROPY), CAPPED),
     "advantage": (3, (ADVANTAGE,), PLAIN),
-    "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+    "distill_advantage": (3, (LABEL, FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+    "topk_teacher": (1, (TEACHER, TAIL), PLAIN),
+    "topk_teacher_capped": (1, (LABEL, TEACHER, TAIL), CAPPED),
+    "topk_teacher_stats": (1, (LABEL, TEACHER, TAIL, ENTROPY, Total(), Argmax()), CAPPED),
+    "topk_teacher_and_another": (2, (LABEL, TEACHER, TAIL, FORWARD, REVERSE, ENTROPY), CAPPED),
+    "topk_teacher_advantage": (3, (LABEL, TEACHER, TAIL, ADVANTAGE, ENTROPY), CAPPED),
 }
 #: Ids a row where it is not one label.
 PICKED = {"options": 200, "options_capped": 4}
+#: Tokens a row that an offline teacher kept.
+KEPT = 64
 
 
 @pytest.mark.slow
@@ -68,7 +78,10 @@ def test_kernels_under_the_interpreter() -> None:
     found = subprocess.run(
         [
             *command,
-            *(str(HERE / f"interpreted_{part}.py") for part in ("fused", "filter", "tokens")),
+            *(
+                str(HERE / f"interpreted_{part}.py")
+                for part in ("fused", "tail", "filter", "tokens")
+            ),
         ],
         capture_output=True,
         text=True,
@@ -91,14 +104,15 @@ def statistics_launches(
             tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
             [head] * count,
         )
-        inputs = {"labels": torch.empty(rows, PICKED.get(name, 1), dtype=torch.int64)}
+        counts = {"labels": PICKED.get(name, 1), "teacher_ids": KEPT}
+        inputs = {n: torch.empty(rows, k, dtype=torch.int64) for n, k in counts.items()}
         normalizers = [Normalizer(j) for j in range(count)]
         stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
         measured = Measured.of(range(count), wanted)
         assert measured is not None
         partial = torch.empty(8, len(measured.slots), rows, dtype=torch.float64)
-    extras = measured.extras_with(inputs)
-    tiling = statistics_tiling(capability, count, extras, plain=head == PLAIN)
+    extras, tail = measured.extras_with(inputs), measured.tail is not None
+    tiling = statistics_tiling(capability, count, extras, plain=head == PLAIN, tail=tail)
     assert operands.readable
     tma = capability >= 90
     return fused.statistics_launches(measured, operands, tiling, stats, partial, tma=tma)
@@ -115,8 +129,21 @@ def compiled(launch: Launch, capability: int) -> Cubin:
     return cubin
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ASKED)
+#: Recipes with a tail, and where they are compiled by default.
+TAILED = {"topk_teacher": (80, 90), "topk_teacher_advantage": (90, 100)}
+
+
+def cases(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Recipes and devices to compile for: all of them if that is wanted."""
+    return [
+        (name, sm)
+        for name in names
+        for sm in (80, 90, 100)
+        if EVERYTHING or "topk_teacher" not in name or sm in TAILED.get(name, ())
+    ]
+
+
+@pytest.mark.parametrize(("name", "capability"), cases(ASKED))
 def test_statistics_compile(name: str, capability: int) -> None:
     """At the shapes of a large model: tensor cores, copies that pass the registers by."""
     launches = statistics_launches(name, capability, torch.bfloat16, (8192, 128256, 4096))
@@ -134,6 +161,10 @@ GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] 
     "distill": (2, (0, 1), (1,), CAPPED),
     "advantage": (3, (1, 2), (), PLAIN),
     "distill_advantage": (3, (0, 1, 2), (1,), CAPPED),
+    "topk_teacher": (1, (), (), PLAIN),
+    "topk_teacher_capped": (1, (0,), (), CAPPED),
+    "topk_teacher_and_another": (2, (0, 1), (1,), CAPPED),
+    "topk_teacher_advantage": (3, (0, 1, 2), (), CAPPED),
 }
 
 
@@ -141,6 +172,7 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
     """The launch of an op's gradient at a large model's block, without a device."""
     count, moments, probabilities, head = GRADIENTS[name]
     rows, cols, size, k = 8192, 4096, 4096, PICKED.get(name, 1)
+    tails = [TAIL] if "topk_teacher" in name else []
     with torch.device("meta"):
         operands = Operands(
             [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
@@ -148,17 +180,21 @@ def gradient_launch(name: str, capability: int, filtered: bool) -> Launch:
             tuple(None if head == PLAIN else torch.empty(cols) for _ in range(count)),
             [head] * count,
         )
-        stats = empty_stats([Normalizer(j) for j in range(count)], rows, {}, torch.device("meta"))
+        normalizers = [Normalizer(j) for j in range(count)]
+        inputs = {"teacher_ids": torch.empty(rows, KEPT, dtype=torch.int64)}
+        stats = empty_stats([*normalizers, *tails], rows, inputs, torch.device("meta"))
         terms = LogitGradient(
             student=torch.empty(rows),
             moments={j: torch.empty(rows) for j in moments},
             probabilities={j: torch.empty(rows) for j in probabilities},
             sparse=[(torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k))],
+            outside={tail.ids: torch.empty(rows) for tail in tails},
         )
         out = torch.empty(rows, cols, dtype=torch.bfloat16)
         peaks = torch.empty(rows // 128, cols // 128, dtype=torch.int32) if filtered else None
         bound = torch.empty(1) if filtered else None
-    tiling = gradient_tiling(capability, count, plain=head == PLAIN, filtered=filtered)
+    tiles = count + len(tails)
+    tiling = gradient_tiling(capability, tiles, plain=head == PLAIN, filtered=filtered)
     used, tma = list(range(count)), capability >= 90
     arguments = (operands, used, tiling, stats, terms, out, 4096, peaks, bound)
     return fused.gradient_launch(*arguments, tma=tma)
@@ -209,8 +245,7 @@ def test_live_products_compile(name: str, capability: int) -> None:
     assert cubin.shared >= 2 * step
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(("name", "capability"), cases(GRADIENTS))
 def test_gradients_compile(name: str, capability: int) -> None:
     cubin = compiled(gradient_launch(name, capability, "distill" in name), capability)
     assert cubin.count(TENSOR_CORES[capability])
