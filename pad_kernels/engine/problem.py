@@ -176,7 +176,7 @@ def plan_shape(
         device=generation(device),
         device_bytes=total_memory(device),
         copied_weights=copied,
-        fused=traits(backend).fuses and not copied and _fuses(recipe, hidden),
+        fused=len(hidden) <= traits(backend).fuses and not copied and _fuses(recipe, hidden),
     )
 
 
