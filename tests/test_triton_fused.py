@@ -126,6 +126,7 @@ def compiled(launch: Launch, capability: int) -> Cubin:
     assert cubin.stack == 0
     assert cubin.local_accesses == 0
     assert cubin.shared <= SHARED_MEMORY[capability]
+    assert cubin.scratch == 0  # nobody has set an allocator
     return cubin
 
 
