@@ -12,16 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pad_kernels.backends.triton.lists import NOWHERE, first_at_least, next_column
 from pad_kernels.backends.triton.math import (
     finite_or_zero,
     head_transform,
     merge_normalizers,
+    moved_moment,
     rescale,
     weighted,
 )
-
-#: Larger than any vocabulary id: what lies behind the end of a list, or was not found.
-NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -31,39 +30,6 @@ def load_raw(logits, bias, place, columns, inside):
     if bias is not None:
         raw += tl.load(bias + columns, mask=inside, other=0.0)
     return raw
-
-
-@triton.jit
-def next_column(ids, cursor, count, offset):
-    """The column of the id at the cursor of an ascending list; far right behind its end."""
-    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
-
-
-@triton.jit
-def first_at_least(ids, count, least):
-    """The place of the first id that is not below ``least``, by bisection."""
-    low = count * 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(ids + middle) < least
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def moved_moment(value, total, scale, old, new, COEFFICIENTS: tl.constexpr, FIRST: tl.constexpr):
-    """A part's moment relative to joined maxima; a part without mass counts 0.
-
-    ``old`` and ``new`` are the streams' maxima of the part and of the whole; ``total`` and
-    ``scale`` the part's sum in the stream that weighs, and what it is multiplied by.
-    """
-    shift = tl.zeros_like(value)
-    for j in tl.static_range(len(old)):
-        if COEFFICIENTS[FIRST + j] != 0:
-            shift += COEFFICIENTS[FIRST + j] * (finite_or_zero(old[j]) - finite_or_zero(new[j]))
-    return tl.where(scale * total == 0, 0.0, scale * (value + shift * total))
 
 
 @triton.jit

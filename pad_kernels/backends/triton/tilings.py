@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pad_kernels.backends.traits import traits
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -109,14 +111,15 @@ TRIALS = {
 }
 
 #: Streams of one kernel.
-MOST_STREAMS = 3
+MOST_STREAMS = traits("triton").fuses
 #: Rows of a program that merges vocabulary splits.
 MERGE_ROWS = 128
 
 
 def generation(capability: int) -> int:
     """The generation whose block sizes fit: Ampere's are small enough for every other device."""
-    return capability if capability in (90, 100) else 80
+    known = capability // 10 * 10
+    return known if known in (90, 100) else 80
 
 
 def statistics_tiling(
