@@ -17,7 +17,6 @@ import triton.language as tl
 from pad_kernels.backends.triton.math import (
     finite_or_zero,
     merge_normalizers,
-    moved_moment,
     rescale,
     weighted,
 )
@@ -86,10 +85,18 @@ def tile_state(
 
 
 @triton.jit
-def _moved(state, maxima, W: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, i: tl.constexpr):
-    """A state's moment i as it is relative to the joined ``maxima``; 0 where it has no mass."""
+def _moved(state, maxima, W: tl.constexpr, C: tl.constexpr, i: tl.constexpr, S: tl.constexpr):
+    """A state's moment i as it is relative to the joined ``maxima``; 0 where it has no mass.
+
+    As ``moved_moment`` of the row passes has it, Triton 3.6 spills on sm_90.
+    """
     scale = rescale(state[0][W], maxima[W])
-    return moved_moment(state[2][i], state[1][W], scale, state[0], maxima, C, FIRST)
+    shift = tl.zeros_like(maxima[0])
+    for j in tl.static_range(S):
+        if C[i * S + j] != 0:
+            shift += C[i * S + j] * (finite_or_zero(state[0][j]) - finite_or_zero(maxima[j]))
+    mass = scale * state[1][W]
+    return tl.where(mass == 0, 0.0, scale * state[2][i] + mass * shift)
 
 
 @triton.jit
@@ -101,8 +108,8 @@ def merge_states(a, b, WEIGHTS: tl.constexpr, COEFFICIENTS: tl.constexpr, STREAM
         maxima += (maximum,)
         sums += (total,)
     for i in tl.static_range(len(WEIGHTS)):
-        ours = _moved(a, maxima, WEIGHTS[i], COEFFICIENTS, i * STREAMS, i)
-        moments += (ours + _moved(b, maxima, WEIGHTS[i], COEFFICIENTS, i * STREAMS, i),)
+        ours = _moved(a, maxima, WEIGHTS[i], COEFFICIENTS, i, STREAMS)
+        moments += (ours + _moved(b, maxima, WEIGHTS[i], COEFFICIENTS, i, STREAMS),)
     for i in tl.static_range(len(a[3])):
         totals += (a[3][i] + b[3][i],)
     for i in tl.static_range(len(a[4])):

@@ -123,17 +123,3 @@ def merge_normalizers(maximum, total, other_maximum, other_total):
     joined = tl.maximum(maximum, other_maximum)
     total = total * rescale(maximum, joined) + other_total * rescale(other_maximum, joined)
     return joined, total
-
-
-@triton.jit
-def moved_moment(value, total, scale, old, new, COEFFICIENTS: tl.constexpr, FIRST: tl.constexpr):
-    """A part's moment relative to joined maxima; a part without mass counts 0.
-
-    ``old`` and ``new`` are the streams' maxima of the part and of the whole; ``total`` and
-    ``scale`` the part's sum in the stream that weighs, and what it is multiplied by.
-    """
-    shift = tl.zeros_like(value)
-    for j in tl.static_range(len(old)):
-        if COEFFICIENTS[FIRST + j] != 0:
-            shift += COEFFICIENTS[FIRST + j] * (finite_or_zero(old[j]) - finite_or_zero(new[j]))
-    return tl.where(scale * total == 0, 0.0, scale * (value + shift * total))

@@ -17,7 +17,6 @@ from pad_kernels.backends.triton.math import (
     finite_or_zero,
     head_transform,
     merge_normalizers,
-    moved_moment,
     rescale,
     weighted,
 )
@@ -30,6 +29,20 @@ def load_raw(logits, bias, place, columns, inside):
     if bias is not None:
         raw += tl.load(bias + columns, mask=inside, other=0.0)
     return raw
+
+
+@triton.jit
+def moved_moment(value, total, scale, old, new, COEFFICIENTS: tl.constexpr, FIRST: tl.constexpr):
+    """A part's moment relative to joined maxima; a part without mass counts 0.
+
+    ``old`` and ``new`` are the streams' maxima of the part and of the whole; ``total`` and
+    ``scale`` the part's sum in the stream that weighs, and what it is multiplied by.
+    """
+    shift = tl.zeros_like(value)
+    for j in tl.static_range(len(old)):
+        if COEFFICIENTS[FIRST + j] != 0:
+            shift += COEFFICIENTS[FIRST + j] * (finite_or_zero(old[j]) - finite_or_zero(new[j]))
+    return tl.where(scale * total == 0, 0.0, scale * (value + shift * total))
 
 
 @triton.jit
