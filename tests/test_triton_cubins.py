@@ -65,6 +65,7 @@ def check(launch: Launch, capability: int) -> aot.Cubin:
     assert found.stack == 0, f"{found.stack} bytes a thread in local memory"
     assert found.local_accesses == 0
     assert found.shared <= aot.SHARED_MEMORY[capability]
+    assert found.scratch == 0  # nobody has set an allocator
     return found
 
 

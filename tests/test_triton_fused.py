@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from pad_kernels.functionals.statistics import (
     Normalizer,
     Picked,
     Statistic,
+    Tail,
     Total,
     empty_stats,
 )
@@ -48,27 +50,35 @@ PLAIN, CAPPED = HeadOptions(), HeadOptions(30.0, 0.9, 0.7)
 ENTROPY = Moment(0, (1.0,))
 FORWARD, REVERSE = Moment(1, (-1.0, 1.0)), Moment(0, (1.0, -1.0))
 ADVANTAGE = Moment(0, (0.0, 1.0, -1.0))
+LABEL, TEACHER, TAIL = Picked("labels"), Picked("teacher_ids"), Tail("teacher_ids")
 #: Streams, statistics, head: what ops ask for, the lightest and the heaviest of each kind.
 ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
-    "logprob": (1, (Picked("labels"),), PLAIN),
-    "logprob_capped": (1, (Picked("labels"),), CAPPED),
-    "options": (1, (Picked("labels"),), PLAIN),
-    "options_capped": (1, (Picked("labels"),), CAPPED),
-    "token_stats": (1, (Picked("labels"), ENTROPY, Total(), Argmax()), CAPPED),
+    "logprob": (1, (LABEL,), PLAIN),
+    "logprob_capped": (1, (LABEL,), CAPPED),
+    "options": (1, (LABEL,), PLAIN),
+    "options_capped": (1, (LABEL,), CAPPED),
+    "token_stats": (1, (LABEL, ENTROPY, Total(), Argmax()), CAPPED),
     "forward_kl": (2, (FORWARD,), PLAIN),
-    "distill": (2, (Picked("labels"), FORWARD, REVERSE, ENTROPY), CAPPED),
+    "distill": (2, (LABEL, FORWARD, REVERSE, ENTROPY), CAPPED),
     "advantage": (3, (ADVANTAGE,), PLAIN),
-    "distill_advantage": (3, (Picked("labels"), FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+    "distill_advantage": (3, (LABEL, FORWARD, ADVANTAGE, ENTROPY), CAPPED),
+    "topk_teacher": (1, (TEACHER, TAIL), PLAIN),
+    "topk_teacher_capped": (1, (LABEL, TEACHER, TAIL), CAPPED),
+    "topk_teacher_stats": (1, (LABEL, TEACHER, TAIL, ENTROPY, Total(), Argmax()), CAPPED),
+    "topk_teacher_and_another": (2, (LABEL, TEACHER, TAIL, FORWARD, REVERSE, ENTROPY), CAPPED),
+    "topk_teacher_advantage": (3, (LABEL, TEACHER, TAIL, ADVANTAGE, ENTROPY), CAPPED),
 }
 #: Ids a row where it is not one label.
 PICKED = {"options": 200, "options_capped": 4}
+#: Tokens a row that an offline teacher kept.
+KEPT = 64
 
 
 @pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    parts = ("fused", "filter", "tokens", "autotune")
+    parts = ("fused", "tail", "filter", "tokens", "autotune")
     found = subprocess.run(
         [*command, *(str(HERE / f"interpreted_{part}.py") for part in parts)],
         capture_output=True,
@@ -79,14 +89,19 @@ def test_kernels_under_the_interpreter() -> None:
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 
+def _ids(name: str, rows: int) -> dict[str, torch.Tensor]:
+    """The lists of ids that an op's rows have."""
+    counts = {"labels": PICKED.get(name, 1), "teacher_ids": KEPT}
+    return {n: torch.empty(rows, k, dtype=torch.int64, device="meta") for n, k in counts.items()}
+
+
 def shipped_for_statistics(name: str, capability: int) -> Tiling:
     """The tiling of an op's statistics."""
     count, wanted, head = ASKED[name]
     measured = Measured.of(range(count), wanted)
     assert measured is not None
-    labels = torch.empty(1, PICKED.get(name, 1), device="meta")
-    extras = measured.extras_with({"labels": labels})
-    return statistics_tiling(capability, count, extras, plain=head == PLAIN)
+    extras, tail = measured.extras_with(_ids(name, 1)), measured.tail is not None
+    return statistics_tiling(capability, count, extras, plain=head == PLAIN, tail=tail)
 
 
 def statistics_launches(
@@ -106,7 +121,7 @@ def statistics_launches(
             tuple(None if head == PLAIN else torch.empty(vocab) for _ in range(count)),
             [head] * count,
         )
-        inputs = {"labels": torch.empty(rows, PICKED.get(name, 1), dtype=torch.int64)}
+        inputs = _ids(name, rows)
         normalizers = [Normalizer(j) for j in range(count)]
         stats = empty_stats([*normalizers, *wanted], rows, inputs, torch.device("meta"))
         measured = Measured.of(range(count), wanted)
@@ -126,11 +141,25 @@ def compiled(launch: Launch, capability: int) -> Cubin:
     assert cubin.stack == 0
     assert cubin.local_accesses == 0
     assert cubin.shared <= SHARED_MEMORY[capability]
+    assert cubin.scratch == 0  # nobody has set an allocator
     return cubin
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ASKED)
+#: Recipes with a tail, and where they are compiled by default.
+TAILED = {"topk_teacher": (80, 90), "topk_teacher_advantage": (90, 100)}
+
+
+def cases(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Recipes and devices to compile for: all of them if that is wanted."""
+    return [
+        (name, sm)
+        for name in names
+        for sm in (80, 90, 100)
+        if EVERYTHING or "topk_teacher" not in name or sm in TAILED.get(name, ())
+    ]
+
+
+@pytest.mark.parametrize(("name", "capability"), cases(ASKED))
 def test_statistics_compile(name: str, capability: int) -> None:
     """At the shapes of a large model: tensor cores, copies that pass the registers by."""
     launches = statistics_launches(name, capability, torch.bfloat16, (8192, 128256, 4096))
@@ -148,13 +177,18 @@ GRADIENTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], HeadOptions]] 
     "distill": (2, (0, 1), (1,), CAPPED),
     "advantage": (3, (1, 2), (), PLAIN),
     "distill_advantage": (3, (0, 1, 2), (1,), CAPPED),
+    "topk_teacher": (1, (), (), PLAIN),
+    "topk_teacher_capped": (1, (0,), (), CAPPED),
+    "topk_teacher_and_another": (2, (0, 1), (1,), CAPPED),
+    "topk_teacher_advantage": (3, (0, 1, 2), (), CAPPED),
 }
 
 
 def shipped_for_gradient(name: str, capability: int, filtered: bool) -> Tiling:
     """The tiling of an op's gradient."""
     count, _, _, head = GRADIENTS[name]
-    return gradient_tiling(capability, count, plain=head == PLAIN, filtered=filtered)
+    tiles = count + ("topk_teacher" in name)
+    return gradient_tiling(capability, tiles, plain=head == PLAIN, filtered=filtered)
 
 
 def gradient_launch(
@@ -163,6 +197,7 @@ def gradient_launch(
     """The launch of an op's gradient at a large model's block, without a device."""
     count, moments, probabilities, head = GRADIENTS[name]
     rows, cols, size, k = 8192, 4096, 4096, PICKED.get(name, 1)
+    tails = [TAIL] if "topk_teacher" in name else []
     with torch.device("meta"):
         operands = Operands(
             [torch.empty(rows, size, dtype=torch.bfloat16) for _ in range(count)],
@@ -170,12 +205,15 @@ def gradient_launch(
             tuple(None if head == PLAIN else torch.empty(cols) for _ in range(count)),
             [head] * count,
         )
-        stats = empty_stats([Normalizer(j) for j in range(count)], rows, {}, torch.device("meta"))
+        normalizers = [Normalizer(j) for j in range(count)]
+        inputs = {"teacher_ids": torch.empty(rows, KEPT, dtype=torch.int64)}
+        stats = empty_stats([*normalizers, *tails], rows, inputs, torch.device("meta"))
         terms = LogitGradient(
             student=torch.empty(rows),
             moments={j: torch.empty(rows) for j in moments},
             probabilities={j: torch.empty(rows) for j in probabilities},
             sparse=[(torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k))],
+            outside={tail.ids: torch.empty(rows) for tail in tails},
         )
         out = torch.empty(rows, cols, dtype=torch.bfloat16)
         peaks = torch.empty(rows // 128, cols // 128, dtype=torch.int32) if filtered else None
@@ -187,12 +225,13 @@ def gradient_launch(
 
 
 def test_tiles_that_the_filter_can_leave_unwritten() -> None:
-    """One plain stream's kernel has the filter's tile on every device."""
+    """One plain stream's kernel, without a tail, has the filter's tile on every device."""
     for capability in SHARED_MEMORY:
         for name, (count, _, _, head) in GRADIENTS.items():
             launch = gradient_launch(name, capability, True)
             unwritten = launch.arguments["bound"] is not None
-            assert unwritten == (count == 1 and head == PLAIN)
+            alone = count == 1 and "topk_teacher" not in name
+            assert unwritten == (alone and head == PLAIN)
 
 
 #: Products over live tiles: transposed, added to what is there, in which dtype, in an order.
@@ -237,8 +276,7 @@ def test_live_products_compile(name: str, capability: int, cols: int, pitch: int
         assert cubin.shared >= under_way * 2 * tiling.depth * (FILTER_TILE + tiling.features)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize(("name", "capability"), cases(GRADIENTS))
 def test_gradients_compile(name: str, capability: int) -> None:
     cubin = compiled(gradient_launch(name, capability, "distill" in name), capability)
     assert cubin.count(TENSOR_CORES[capability])

@@ -16,16 +16,16 @@ class Traits:
 
     Args:
         temporaries: numbers in the accumulation dtype that its row passes make besides.
-        fuses: whether it takes statistics without logits in memory, where its kernels can.
+        fuses: of how many streams it takes statistics without logits in memory, where it can.
     """
 
     temporaries: int = 0
-    fuses: bool = False
+    fuses: int = 0
 
 
 _TRAITS = {
     "torch_blocked": Traits(temporaries=TORCH_TILE * TORCH_TEMPORARIES),
-    "triton": Traits(fuses=True),
+    "triton": Traits(fuses=3),
 }
 
 

@@ -58,12 +58,11 @@ class Footprint:
         return copied + self._order(cols) + own
 
     def _order(self, cols: int) -> int:
-        """The order, biases in it, and weight rows on their way into and out of it."""
+        """The order, biases in it, and weight rows on their way into it."""
         if not self.ordered:
             return 0
-        shape, h = self.shape, self.shape.hidden[0]
-        rows = cols * (sum(shape.hidden) * self.item + h * (self.item + self.acc))
-        return rows + shape.vocab * (ORDER_BYTES + shape.streams * self.acc)
+        rows = cols * sum(self.shape.hidden) * self.item
+        return rows + self.shape.vocab * (ORDER_BYTES + self.shape.streams * self.acc)
 
     def _rows(self, rows: int) -> int:
         """Hidden states of some rows of every stream, gathered in the product's dtype."""
@@ -89,8 +88,9 @@ class Footprint:
         if gradient and shape.needs[0]:
             half = shape.gemm.itemsize == 2
             need += shape.tokens * shape.hidden[0] * (self.acc + (self._product if half else 0))
-        if gradient and shape.needs[1] and shape.weight != product_dtype(shape.gemm):
-            need += cols * shape.hidden[0] * self._product
+        if gradient and shape.needs[1]:
+            apart = shape.weight != product_dtype(shape.gemm)
+            need += cols * shape.hidden[0] * (self._product * apart + self.item * self.ordered)
         if gradient and shape.needs[2]:
             need += shape.vocab * self.acc
         return need
@@ -107,6 +107,7 @@ class Footprint:
                 need += shape.tokens * h * self.acc
         if shape.needs[1]:
             need += cols * h * self._product if accumulator or shape.weight != shape.gemm else 0
+            need += cols * h * (self.item + self.acc) if self.ordered else 0
             need += shape.vocab * h * self.acc if accumulator else 0
         if shape.needs[2]:
             need += shape.vocab * self.acc

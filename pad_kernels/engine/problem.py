@@ -19,7 +19,7 @@ from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.rows import Part, choose_rows
 from pad_kernels.engine.workspace import Workspace
-from pad_kernels.functionals.statistics import Largest, Tail
+from pad_kernels.functionals.statistics import Largest
 from pad_kernels.heads import HeadOptions
 
 
@@ -176,13 +176,13 @@ def plan_shape(
         device=generation(device),
         device_bytes=total_memory(device),
         copied_weights=copied,
-        fused=traits(backend).fuses and not copied and _fuses(recipe, hidden),
+        fused=len(hidden) <= traits(backend).fuses and not copied and _fuses(recipe, hidden),
     )
 
 
 def _fuses(recipe: Recipe, hidden: Sequence[Tensor]) -> bool:
     """Whether kernels take these statistics without logits in memory, as one can foretell."""
-    known = not any(isinstance(s, Tail | Largest) for s in recipe.measured())
+    known = not any(isinstance(s, Largest) for s in recipe.measured())
     wide = all(int(h.shape[1]) % ALIGNED == 0 for h in hidden)
     return known and wide and recipe.sweeps == 1 and recipe.gemm.itemsize == 2
 

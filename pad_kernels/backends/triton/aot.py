@@ -13,29 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
 #: Compute capabilities that the kernels are checked for: Ampere, Hopper, Blackwell.
 CAPABILITIES = (80, 90, 100)
 #: Most shared memory of one program, bytes.
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
-_Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,12 +31,14 @@ class Cubin:
         registers: of one thread.
         stack: bytes of local memory of one thread, spilled registers included.
         shared: bytes of shared memory of one program.
+        scratch: bytes of global memory that a launch would have to be given besides.
         sass: the instructions as text.
     """
 
     registers: int
     stack: int
     shared: int
+    scratch: int
     sass: str
 
     def count(self, instruction: str) -> int:
@@ -64,6 +51,23 @@ class Cubin:
         return self.count(r"LDL[.\w]*") + self.count(r"STL[.\w]*")
 
 
+@dataclass(frozen=True)
+class _Absent:
+    """Triton's driver of a device that is not there: all that it asks before it runs a kernel."""
+
+    capability: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """Whose compiled kernels are kept apart from those of other devices."""
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def compile_kernel(
     kernel: Any,
     arguments: Mapping[str, Any],
@@ -72,7 +76,7 @@ def compile_kernel(
     capability: int,
     **options: Any,
 ) -> Cubin:
-    """Compile a kernel as a launch with these arguments would.
+    """Compile a kernel as a launch with these arguments does, by Triton's own launcher.
 
     Args:
         kernel: a ``@triton.jit`` function.
@@ -81,51 +85,18 @@ def compile_kernel(
         capability: compute capability, 90 for sm_90.
         options: num_warps, num_stages, enable_fp_fusion and the like.
     """
-    signature: dict[str, Any] = {}
-    known: dict[_Path, Any] = {}
-    attributes: dict[_Path, list[list[Any]]] = {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], known[(i,)] = "constexpr", constants[name]
-        elif kernel.params[i].do_not_specialize:
-            signature[name] = _type_of(arguments[name], (i,), {}, {}, plain=True)
-        else:
-            signature[name] = _type_of(arguments[name], (i,), known, attributes)
-    source = ASTSource(kernel, signature, known, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    return _read(compiled.asm["cubin"], int(compiled.metadata.shared))
+    before = driver._active
+    driver.set_active(_Absent(capability))
+    try:
+        compiled = kernel.warmup(**arguments, **constants, **options, grid=(1,))
+    finally:
+        driver.set_active(before)
+    metadata = compiled.metadata
+    scratch = int(metadata.global_scratch_size) + int(metadata.profile_scratch_size)
+    return _read(compiled.asm["cubin"], int(metadata.shared), scratch)
 
 
-def _type_of(
-    value: Any,
-    path: _Path,
-    known: dict[_Path, Any],
-    attributes: dict[_Path, list[list[Any]]],
-    *,
-    plain: bool = False,
-) -> Any:
-    """The type of a run-time argument; notes what a launch would specialise on, unless plain."""
-    if isinstance(value, tuple):
-        return tuple(_type_of(x, (*path, i), known, attributes) for i, x in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1 and not plain):
-        known[path] = value
-        return "constexpr"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
-    if isinstance(value, Tensor):
-        aligned = value.device.type == "meta" or value.data_ptr() % 16 == 0
-        kind = "*" + _TYPES[value.dtype]
-    elif isinstance(value, int):
-        aligned, kind = value % 16 == 0, "i32" if -(2**31) <= value < 2**31 else "i64"
-    else:
-        aligned, kind = False, "fp32"
-    if aligned:
-        attributes[path] = [["tt.divisibility", 16]]
-    return kind
-
-
-def _read(cubin: bytes, shared: int) -> Cubin:
+def _read(cubin: bytes, shared: int, scratch: int) -> Cubin:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -136,4 +107,4 @@ def _read(cubin: bytes, shared: int) -> Cubin:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert found is not None, usage.stdout
-    return Cubin(int(found[1]), int(found[2]), shared, sass.stdout)
+    return Cubin(int(found[1]), int(found[2]), shared, scratch, sass.stdout)

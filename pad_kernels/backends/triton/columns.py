@@ -67,13 +67,18 @@ class Columns:
         """Place of the logarithm of a teacher's sum over the student's."""
         return self._add((self._stats.total(teacher) / self._stats.total()).log())
 
-    def outside(self, terms: LogitGradient, name: str | None) -> tuple[int, ...]:
-        """Places of what the tokens outside the ids of that name share."""
+    def outside(self, terms: LogitGradient) -> tuple[tuple[int, ...], Tensor | None]:
+        """What the tokens outside some ids share: places of their maximum and of a value; the ids.
+
+        The ids are [rows, k], ascending.
+        """
+        name = next(iter(terms.outside), None)
         if name is None:
-            return ()
+            return (), None
         maximum, total = self._stats[Tail(name)]
         value = torch.where(total == 0, 0.0, terms.outside[name] / total)
-        return self._add(finite_or_zero(maximum)), self._add(value)
+        places = self._add(finite_or_zero(maximum)), self._add(value)
+        return places, ascending(self._stats, name)
 
     def curved(self, curved: Sequence[tuple[Divergence, Tensor]]) -> tuple[int, ...]:
         """The teacher's place among the streams, the kind's number, and places of numbers."""
@@ -83,6 +88,11 @@ class Columns:
         places = self._used.index(functional.teacher), DIVERGENCES.index(functional.kind)
         numbers = self._add(grad[0]), self._add(self._stats[functional.outcomes][1])
         return *places, *numbers, self.log_sums(functional.teacher)
+
+
+def ascending(stats: RowStats, name: str) -> Tensor:
+    """Per-row ids [rows, k] as kernels walk them."""
+    return stats.inputs[name].sort(dim=1).values.contiguous()
 
 
 def _inverse(total: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import RowStats, Statistic
+from pad_kernels.functionals.statistics import Picked, RowStats, Statistic
 
 
 def statistics_launches(
@@ -43,24 +43,26 @@ def statistics_launches(
     rows, vocab = operands.shape
     split_cols = cdiv(cdiv(vocab, tiling.cols), partial.shape[0]) * tiling.cols
     splits = cdiv(vocab, split_cols)
-    ids, places, picks = None, None, None
-    if measured.picked is not None:
-        ids, target = stats.inputs[measured.picked.ids].contiguous(), stats[measured.picked]
-        if ids.shape[1] > 1:
+    listed, places, tail = None, None, -1
+    if measured.picked:
+        ids = torch.cat([stats.inputs[p.ids] for p in measured.picked], 1)
+        if measured.tail is not None:
+            tail = measured.picked.index(Picked(measured.tail.ids))
+        if ids.shape[1] > 1 or measured.tail is not None:
             ids, places = ids.sort(dim=1)
-        picks = target, ids.shape[1], target.stride(0)
+        listed = ids, ids.shape[1]
     measure = Launch(
         fused_statistics_kernel,
         (cdiv(rows, tiling.rows) * splits,),
         {
             **operands.arguments(tiling, tma=tma),
-            "ids": ids,
+            "listed": listed,
             "places": places,
-            "picks": picks,
+            "picks": tuple((stats[p], stats[p].stride(0), len(stats[p])) for p in measured.picked),
             "partial": partial,
             "split_cols": split_cols,
         },
-        {**measured.constants, **operands.constants(tiling, tma=tma)},
+        {**measured.constants, **operands.constants(tiling, tma=tma), "TAIL": tail},
         tiling.warps,
         tiling.stages,
     )
@@ -69,7 +71,7 @@ def statistics_launches(
         merge_splits_kernel,
         (cdiv(rows, MERGE_ROWS),),
         {"partial": partial, "targets": targets, "rows": rows, "splits": splits},
-        {**measured.constants, "STREAMS": len(measured.streams), "BLOCK_M": MERGE_ROWS},
+        {**measured.constants, "STREAMS": len(measured.normalizers), "BLOCK_M": MERGE_ROWS},
     )
     return measure, merge
 
@@ -121,10 +123,10 @@ def plan_statistics(
         return statistics_launches(measured, operands, tiling, stats, partial, tma=copies)
 
     extras = measured.extras_with(stats.inputs)
-    streams = len(measured.streams)
-    shipped = statistics_tiling(device.capability, streams, extras, plain=operands.plain)
+    streams, tail = len(measured.streams), measured.tail is not None
+    shipped = statistics_tiling(device.capability, streams, extras, plain=operands.plain, tail=tail)
     trials = tiling_trials(device.capability, shipped)
-    key = f"statistics/{extras}/{operands.key}"
+    key = f"statistics/{extras}{'t' * tail}/{operands.key}"
     return build(autotune.choose(key, room, shipped, trials, build))
 
 
@@ -154,20 +156,25 @@ def gradient_launch(
     assert not terms.centred, "a settled gradient is wanted"
     whole = (tiling.rows, tiling.cols) == (tile, tile)
     columns = Columns(stats, used)
+    linear, (shared, left_out) = columns.linear(terms), columns.outside(terms)
     constants = {
         **operands.constants(tiling, tma=tma),
-        **columns.linear(terms),
+        **linear,
+        "OUTSIDE": shared,
         "FILTER": tile,
         "FIELDS": columns.count,
     }
-    sparse = None
+    sparse, outside = None, None
     if (listed := terms.sorted_sparse()) is not None:
         sparse = listed[0], listed[1].float(), listed[0].shape[1]
+    if left_out is not None:
+        outside = left_out, left_out.shape[1]
     arguments = {
         **operands.arguments(tiling, tma=tma),
         "out": (out, out.stride(0), reach(operands.shape[1], out)),
         "coefficients": columns.packed(),
         "sparse": sparse,
+        "outside": outside,
         "peaks": peaks,
         "bound": bound if whole else None,
         "offset": offset,
@@ -207,10 +214,11 @@ def plan_gradient(
             return [launch]
         return [launch.instead(peaks=scratch.empty(*peaks.shape, dtype=peaks.dtype))]
 
-    shipped = gradient_tiling(device.capability, len(used), plain=plain, filtered=filtered)
+    tiles = len(used) + len(terms.outside)
+    shipped = gradient_tiling(device.capability, tiles, plain=plain, filtered=filtered)
     trials = tiling_trials(device.capability, shipped, filtered=filtered)
     name = "filtered gradient" if filtered else "gradient"
-    key = f"{name}/{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
+    key = f"{name}/{tiles}{len(terms.moments)}{len(terms.probabilities)}/{operands.key}"
     return build(autotune.choose(key, out, shipped, trials, attempt))
 
 

@@ -35,6 +35,7 @@ def fused_gradient_kernel(
     out,  # (pointer to (rows, vocab), its stride, columns that may be written)
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
     sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32, count), or None
+    outside,  # (ids (rows, count) int64 ascending, count), or None
     peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
     bound,  # (1,) float32: what a tile has to reach to be read; None: every tile is
     rows,
@@ -48,6 +49,7 @@ def fused_gradient_kernel(
     STUDENT: tl.constexpr,
     MOMENTS: tl.constexpr,
     SHARES: tl.constexpr,
+    OUTSIDE: tl.constexpr,  # maximum and value of what the tokens outside its ids share, or none
     FILTER: tl.constexpr,  # rows and columns of a filter tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,8 +83,13 @@ def fused_gradient_kernel(
     d = dense_part(x, c, SHIFTS, INVERSES, STUDENT, MOMENTS, SHARES)
     if CONSTANT >= 0:
         d += c[CONSTANT]
+    if outside is not None:
+        share = tl.exp(x[0] - c[OUTSIDE[0]]) * c[OUTSIDE[1]]
+        d += _changed(
+            share, outside[0], None, outside[1], row, rows, col + offset, BLOCK_M, BLOCK_N
+        )
     if sparse is not None:
-        d = _scattered(d, sparse, row, rows, col + offset, BLOCK_M, BLOCK_N)
+        d = _changed(d, sparse[0], sparse[1], sparse[2], row, rows, col + offset, BLOCK_M, BLOCK_N)
     d *= head_slope(raw, heads[0], KINDS[0])
     cols = col + tl.arange(0, BLOCK_N)
     # Behind the last column zeros, as far as whole accesses of 16 bytes go.
@@ -103,19 +110,26 @@ def fused_gradient_kernel(
 
 
 @triton.jit
-def _scattered(d, sparse, row, rows, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile with the sparse entries that lie in it added; ``first`` is its first id."""
-    count, local = sparse[2], tl.arange(0, BLOCK_M)
-    ids = sparse[0] + row.to(tl.int64) * count
-    values = sparse[1] + row.to(tl.int64) * count
+def _changed(
+    tile, ids, values, count, row, rows, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A tile with the listed values that lie in it added, or 0 at the ids if there are none.
+
+    ``first`` is the id of the tile's first column.
+    """
+    local, start = tl.arange(0, BLOCK_M), row.to(tl.int64) * count
+    ids += start
     ends = list_ends(local, count, row + local < rows)
     cursor = cursors_at(ids, local, count, ends, first)
     wanted = upcoming_ids(ids, cursor, ends)
     while tl.min(wanted, 0) < first + BLOCK_N:
         here = wanted < first + BLOCK_N
-        added = tl.load(values + cursor, here, other=0.0)
         hit = first + tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
-        d += tl.where(hit, added[:, None], 0.0)
+        if values is None:
+            tile = tl.where(hit, 0.0, tile)
+        else:
+            added = tl.load(values + start + cursor, here, other=0.0)
+            tile += tl.where(hit, added[:, None], 0.0)
         cursor += here.to(tl.int32)
         wanted = upcoming_ids(ids, cursor, ends)
-    return d
+    return tile

@@ -21,11 +21,12 @@ from pad_kernels.functionals.statistics import (
     Normalizer,
     Picked,
     Statistic,
+    Tail,
     Total,
 )
 from pad_kernels.heads import HeadOptions
 
-_KNOWN = (Normalizer, Moment, Total, Argmax, Picked)
+_KNOWN = (Normalizer, Moment, Total, Argmax, Picked, Tail)
 
 
 @dataclass(frozen=True)
@@ -37,37 +38,46 @@ class Measured:
         moments: the moments among the wanted statistics.
         total: whether the sum of the student's logits is wanted.
         argmax: whether the greedy token is.
-        picked: the picked logits, if any.
+        picked: the picked logits.
+        tail: the normaliser of all but some picked logits, if it is wanted.
     """
 
     streams: tuple[int, ...]
     moments: tuple[Moment, ...]
     total: bool
     argmax: bool
-    picked: Picked | None
+    picked: tuple[Picked, ...]
+    tail: Tail | None
 
     @staticmethod
     def of(streams: Sequence[int], wanted: Sequence[Statistic]) -> Measured | None:
         """What to measure; None if not all of it can stay on the chip."""
-        picked = [s for s in wanted if isinstance(s, Picked)]
+        picked = tuple(s for s in wanted if isinstance(s, Picked))
+        tail = next((s for s in wanted if isinstance(s, Tail)), None)
         known = all(isinstance(s, _KNOWN) for s in wanted)
-        if not known or len(picked) > 1 or len(streams) > MOST_STREAMS:
+        listed = tail is None or Picked(tail.ids) in picked
+        if not known or not listed or len(streams) > MOST_STREAMS:
             return None
         moments = tuple(s for s in wanted if isinstance(s, Moment))
         total, argmax = Total() in wanted, Argmax() in wanted
-        return Measured(tuple(streams), moments, total, argmax, picked[0] if picked else None)
+        return Measured(tuple(streams), moments, total, argmax, picked, tail)
 
     def extras_with(self, inputs: Mapping[str, Tensor]) -> int:
-        """How much there is besides normalisers and a label: a list of ids counts as one thing."""
-        listed = self.picked is not None and inputs[self.picked.ids].shape[1] > 1
-        return len(self.moments) + self.total + self.argmax + listed
+        """How much there is besides normalisers and a label: lists of ids count as one thing."""
+        many = sum(inputs[p.ids].shape[1] for p in self.picked) > 1
+        return len(self.moments) + self.total + self.argmax + many
+
+    @property
+    def normalizers(self) -> list[Statistic]:
+        """What the state has a maximum and a sum of: the streams, and the tail as one more."""
+        return [*(Normalizer(j) for j in self.streams), *([self.tail] if self.tail else [])]
 
     @property
     def slots(self) -> list[tuple[Statistic, int]]:
         """(statistic, which of its numbers) of each number of a state, in the kernels' order."""
         found: list[tuple[Statistic, int]] = []
-        found += [(Normalizer(j), 0) for j in self.streams]
-        found += [(Normalizer(j), 1) for j in self.streams]
+        found += [(normalizer, 0) for normalizer in self.normalizers]
+        found += [(normalizer, 1) for normalizer in self.normalizers]
         found += [(moment, 0) for moment in self.moments]
         found += [(Total(), 0)] * self.total
         found += [(Argmax(), 0)] * self.argmax
@@ -77,9 +87,11 @@ class Measured:
     def constants(self) -> dict[str, Any]:
         """The constants that both kernels share."""
         padded = [(*m.coefficients, *[0.0] * (max(self.streams) + 1)) for m in self.moments]
+        tail = [0.0] if self.tail else []
+        rows = [[*(row[j] for j in self.streams), *tail] for row in padded]
         return {
             "WEIGHTS": tuple(self.streams.index(m.stream) for m in self.moments),
-            "COEFFICIENTS": tuple(float(row[j]) for row in padded for j in self.streams),
+            "COEFFICIENTS": tuple(float(c) for row in rows for c in row),
             "TOTAL": self.total,
             "ARGMAX": self.argmax,
         }

@@ -86,7 +86,10 @@ def tile_state(
 
 @triton.jit
 def _moved(state, maxima, W: tl.constexpr, C: tl.constexpr, i: tl.constexpr, S: tl.constexpr):
-    """A state's moment i as it is relative to the joined ``maxima``; 0 where it has no mass."""
+    """A state's moment i as it is relative to the joined ``maxima``; 0 where it has no mass.
+
+    As ``moved_moment`` of the row passes has it, Triton 3.6 spills on sm_90.
+    """
     scale = rescale(state[0][W], maxima[W])
     shift = tl.zeros_like(maxima[0])
     for j in tl.static_range(S):

@@ -26,9 +26,9 @@ def fused_statistics_kernel(
     biases,  # for each stream (vocab,) float32, or None
     shapes,  # for each stream (H, stride of hidden, stride of weight)
     heads,  # for each stream (scale, softcap, temperature)
-    ids,  # (rows, count) int64, ascending in each row, or None
+    listed,  # (ids (rows, count) int64, ascending in each row, count), or None
     places,  # (rows, count) int64, which of its row's results an id is; None for one id a row
-    picks,  # (pointer to (count, rows) float64, count, its stride)
+    picks,  # for each list of picked logits (pointer to (count, rows) float64, stride, count)
     partial,  # (splits, slots, rows) float64
     rows,
     vocab,
@@ -37,6 +37,7 @@ def fused_statistics_kernel(
     COEFFICIENTS: tl.constexpr,
     TOTAL: tl.constexpr,
     ARGMAX: tl.constexpr,
+    TAIL: tl.constexpr,  # which of the lists the tail leaves out; -1 for no tail
     KINDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -44,22 +45,25 @@ def fused_statistics_kernel(
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Statistics of one token tile over one vocabulary split, and the logits picked there."""
-    STREAMS: tl.constexpr = len(KINDS)
+    """Statistics of one token tile over one vocabulary split, and the logits picked there.
+
+    The tail is one more stream: the student's logits, -inf at the ids of its list.
+    """
+    STREAMS: tl.constexpr = len(KINDS) + (TAIL >= 0)
     splits = tl.cdiv(vocab, split_cols)
     tile, split = place(rows, splits, BLOCK_M, GROUP)
     row = tile * BLOCK_M
     hidden = (hidden0, hidden1, hidden2)
     weight = (weight0, weight1, weight2)
     state = empty_state(STREAMS, WEIGHTS, TOTAL, ARGMAX, BLOCK_M)
-    MANY: tl.constexpr = ids is not None and places is not None
+    MANY: tl.constexpr = listed is not None and places is not None
     local = tl.arange(0, BLOCK_M)
     at = row + local
     if MANY:
-        ids += row.to(tl.int64) * picks[1]
-        places += row.to(tl.int64) * picks[1]
-        ends = list_ends(local, picks[1], at < rows)
-        cursor = cursors_at(ids, local, picks[1], ends, split * split_cols)
+        ids = listed[0] + row.to(tl.int64) * listed[1]
+        places += row.to(tl.int64) * listed[1]
+        ends = list_ends(local, listed[1], at < rows)
+        cursor = cursors_at(ids, local, listed[1], ends, split * split_cols)
     for col in range(split * split_cols, tl.minimum((split + 1) * split_cols, vocab), BLOCK_N):
         logits, _ = logit_tiles(
             hidden,
@@ -78,10 +82,17 @@ def fused_statistics_kernel(
             TMA,
         )
         if MANY:
-            cursor = _pick(logits[0], ids, cursor, ends, places, picks, at, col, BLOCK_N)
-        elif ids is not None:
-            wanted = tl.load(ids + at, at < rows, other=-1).to(tl.int32) - col
-            _store_picked(logits[0], wanted, picks[0] + at, BLOCK_N)
+            rest, cursor = _pick(
+                logits[0], ids, cursor, ends, places, picks, at, col, TAIL, BLOCK_N
+            )
+            if TAIL >= 0:
+                logits += (rest,)
+        elif listed is not None:
+            wanted = tl.load(listed[0] + at, at < rows, other=-1).to(tl.int32) - col
+            inside = (wanted >= 0) & (wanted < BLOCK_N)
+            if tl.max(inside.to(tl.int32), 0) > 0:
+                _hit, found = _picked(logits[0], wanted, BLOCK_N)
+                tl.store(picks[0][0] + at, found, inside)
         fresh = tile_state(
             logits, col, vocab, WEIGHTS, COEFFICIENTS, TOTAL, ARGMAX, STREAMS, BLOCK_N
         )
@@ -93,30 +104,40 @@ def fused_statistics_kernel(
 
 
 @triton.jit
-def _store_picked(logits, wanted, target, BLOCK_N: tl.constexpr):
-    """Store each row's logit in column ``wanted`` of a tile, if it lies in the tile.
+def _picked(logits, wanted, BLOCK_N: tl.constexpr):
+    """Where each row's column ``wanted`` of a tile is, and the logit there; 0 outside the tile.
 
     It is the very number that the normaliser adds up: from anywhere else, a confident log-prob
     could come out above 0.
     """
-    inside = (wanted >= 0) & (wanted < BLOCK_N)
-    if tl.max(inside.to(tl.int32), 0) > 0:
-        hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
-        found = tl.sum(tl.where(hit, logits, 0.0), 1).to(tl.float64)
-        tl.store(target, found, inside)
+    hit = tl.arange(0, BLOCK_N)[None, :] == wanted[:, None]
+    return hit, tl.sum(tl.where(hit, logits, 0.0), 1).to(tl.float64)
 
 
 @triton.jit
-def _pick(logits, ids, cursor, ends, places, picks, at, col, BLOCK_N: tl.constexpr):
-    """Store the logits of all of the rows' listed ids in this tile; the cursors behind them."""
+def _pick(
+    logits, ids, cursor, ends, places, picks, at, col, TAIL: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store the logits of all of the rows' listed ids in this tile.
+
+    Returns:
+        The tile without the ids of the tail's list, the cursors behind the tile's ids.
+    """
+    rest = logits
     wanted = upcoming_ids(ids, cursor, ends)
     while tl.min(wanted, 0) < col + BLOCK_N:
         here = wanted < col + BLOCK_N
         place = tl.load(places + cursor, here, other=0)
-        _store_picked(logits, wanted - col, picks[0] + place * picks[2] + at, BLOCK_N)
+        hit, found = _picked(logits, wanted - col, BLOCK_N)
+        for i in tl.static_range(len(picks)):
+            mine = here & (place >= 0) & (place < picks[i][2])
+            tl.store(picks[i][0] + place * picks[i][1] + at, found, mine)
+            if i == TAIL:
+                rest = tl.where(hit & mine[:, None], -float("inf"), rest)
+            place -= picks[i][2]
         cursor += here.to(tl.int32)
         wanted = upcoming_ids(ids, cursor, ends)
-    return cursor
+    return rest, cursor
 
 
 @triton.jit

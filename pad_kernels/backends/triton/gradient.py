@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pad_kernels.backends.triton.lists import first_at_least, next_column
 from pad_kernels.backends.triton.math import (
     LOWEST,
     exp_parts,
@@ -13,7 +14,7 @@ from pad_kernels.backends.triton.math import (
     log1p_of,
     weighted,
 )
-from pad_kernels.backends.triton.statistics import first_at_least, load_raw, next_column
+from pad_kernels.backends.triton.statistics import load_raw
 
 #: Divergences of two sweeps, by their place here.
 DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")

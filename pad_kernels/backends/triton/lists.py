@@ -1,4 +1,4 @@
-"""Ascending lists of vocabulary ids, one for each row of a tile, walked beside the vocabulary.
+"""Ascending lists of vocabulary ids, walked beside the vocabulary: of one row, or of a tile's.
 
 A cursor stands in each row's list. A tile asks which of the upcoming ids lie in it, one for each
 row at a time, and moves those cursors on; a tile without any costs one comparison a row, however
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Larger than any vocabulary id: what lies behind the end of a list.
+#: Larger than any vocabulary id: what lies behind the end of a list, or was not found.
 NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
@@ -37,4 +37,23 @@ def cursors_at(lists, local, count, ends, least):
         below = tl.load(lists + middle, searching, other=NOWHERE) < least
         low = tl.where(searching & below, middle + 1, low)
         high = tl.where(searching & (below == 0), middle, high)
+    return low
+
+
+@triton.jit
+def next_column(ids, cursor, count, offset):
+    """The column of the id at the cursor of one row's list; far right behind its end."""
+    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
+
+
+@triton.jit
+def first_at_least(ids, count, least):
+    """In one row's list the place of the first id that is not below ``least``, by bisection."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(ids + middle) < least
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
     return low

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import autotune, configs, gradient, statistics
-from pad_kernels.backends.triton.columns import Columns
+from pad_kernels.backends.triton.columns import Columns, ascending
 from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers, reach
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.workspace import Workspace
@@ -76,10 +76,6 @@ class Passes:
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.block.device)
 
-    def ids(self, name: str) -> Tensor:
-        """Per-row ids, ascending."""
-        return self.stats.inputs[name].sort(dim=1).values.contiguous()
-
     def _normalizer(self, j: int) -> Tensor:
         """(max, sum) of a stream; a scratch pair where no functional asked for one."""
         if (state := self.stats.get(Normalizer(j))) is not None:
@@ -107,7 +103,7 @@ class Passes:
         tiles, splits, shape = self._split(config)
         fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
         normalizers = [self._normalizer(j) for j in used]
-        ids = self.ids(tails[0].ids) if tails else None
+        ids = ascending(self.stats, tails[0].ids) if tails else None
         parts = {
             "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
             "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
@@ -210,13 +206,12 @@ class Passes:
         columns = Columns(self.stats, used)
         tiles, splits, shape = self._split(config)
         sparse = terms.sorted_sparse()
-        outside = next(iter(terms.outside), None)
-        left_out = None if outside is None else self.ids(outside)
+        linear, (shared, left_out) = columns.linear(terms), columns.outside(terms)
         constants = {
             **shape,
             "KINDS": self._kinds(used),
-            **columns.linear(terms),
-            "OUTSIDE": columns.outside(terms, outside),
+            **linear,
+            "OUTSIDE": shared,
             "CURVED": columns.curved(curved),
             "FILTER": FILTER_TILE,
             "FIELDS": columns.count,

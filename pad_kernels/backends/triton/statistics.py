@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pad_kernels.backends.triton.lists import NOWHERE, first_at_least, next_column
 from pad_kernels.backends.triton.math import (
     finite_or_zero,
     head_transform,
@@ -19,9 +20,6 @@ from pad_kernels.backends.triton.math import (
     rescale,
     weighted,
 )
-
-#: Larger than any vocabulary id: what lies behind the end of a list, or was not found.
-NOWHERE: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -34,25 +32,6 @@ def load_raw(logits, bias, place, columns, near, inside):
     if bias is not None:
         raw += tl.load(bias + columns, mask=inside, other=0.0)
     return raw
-
-
-@triton.jit
-def next_column(ids, cursor, count, offset):
-    """The column of the id at the cursor of an ascending list; far right behind its end."""
-    return tl.load(ids + cursor, mask=cursor < count, other=NOWHERE).to(tl.int32) - offset
-
-
-@triton.jit
-def first_at_least(ids, count, least):
-    """The place of the first id that is not below ``least``, by bisection."""
-    low = count * 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(ids + middle) < least
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
 
 
 @triton.jit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pad_kernels.backends.traits import traits
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -38,29 +40,38 @@ _LIGHT = {
         1: Tiling(128, 128, 32, 8, 4),
         2: Tiling(128, 64, 32, 8, 4),
         3: Tiling(128, 64, 32, 8, 4),
+        4: Tiling(64, 64, 32, 8, 4),
     },
     # wgmma reads both operands from shared memory: 128 entries a step keep it fed, 64 nearly do.
     90: {
         1: Tiling(128, 128, 64, 8, 4),
         2: Tiling(128, 128, 64, 8, 4),
         3: Tiling(128, 64, 64, 8, 4),
+        4: Tiling(128, 64, 64, 8, 4),
     },
     # Accumulators are in tensor memory, but come through registers whole.
     100: {
         1: Tiling(128, 128, 64, 8, 4),
         2: Tiling(128, 64, 64, 8, 4),
         3: Tiling(128, 64, 64, 8, 4),
+        4: Tiling(128, 32, 64, 8, 4),
     },
 }
 _FULL = {
-    80: {1: _LIGHT[80][2], 2: _LIGHT[80][2], 3: Tiling(64, 64, 32, 8, 4)},
-    90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3]},
-    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: Tiling(128, 32, 64, 8, 4)},
+    80: {1: _LIGHT[80][2], 2: _LIGHT[80][2], 3: _LIGHT[80][4], 4: _LIGHT[80][4]},
+    90: {1: _LIGHT[90][1], 2: _LIGHT[90][3], 3: _LIGHT[90][3], 4: _LIGHT[90][4]},
+    100: {1: _LIGHT[100][2], 2: _LIGHT[100][2], 3: _LIGHT[100][4], 4: _LIGHT[100][4]},
+}
+#: With the tail of some ids: one more tile of logits, in which the ids are looked for.
+_TAILED = {
+    80: {1: _LIGHT[80][4], 2: _LIGHT[80][4], 3: Tiling(64, 32, 32, 8, 4)},
+    90: {1: _LIGHT[90][3], 2: _LIGHT[100][4], 3: _LIGHT[100][4]},
+    100: {1: _LIGHT[100][2], 2: _LIGHT[100][4], 3: _LIGHT[100][4]},
 }
 #: A gradient behind a soft cap, where raw products, logits and slopes are alive together.
 _CURVED = {
     80: _FULL[80],
-    90: {1: _LIGHT[90][3], 2: _LIGHT[90][3], 3: _FULL[100][3]},
+    90: {1: _LIGHT[90][3], 2: _LIGHT[90][3], 3: _LIGHT[100][4], 4: _LIGHT[100][4]},
     100: _FULL[100],
 }
 #: One stream without a head transform and nothing besides: the widest instructions.
@@ -98,17 +109,20 @@ TRIALS = {
 }
 
 #: Streams of one kernel.
-MOST_STREAMS = 3
+MOST_STREAMS = traits("triton").fuses
 #: Rows of a program that merges vocabulary splits.
 MERGE_ROWS = 128
 
 
 def generation(capability: int) -> int:
     """The generation whose block sizes fit: Ampere's are small enough for every other device."""
-    return capability if capability in (90, 100) else 80
+    known = capability // 10 * 10
+    return known if known in (90, 100) else 80
 
 
-def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool) -> Tiling:
+def statistics_tiling(
+    capability: int, streams: int, extras: int, *, plain: bool, tail: bool
+) -> Tiling:
     """For fused statistics.
 
     Args:
@@ -116,23 +130,32 @@ def statistics_tiling(capability: int, streams: int, extras: int, *, plain: bool
         streams: whose logits are computed.
         extras: moments, sums, greedy tokens and lists of ids that are wanted besides normalisers.
         plain: whether no head transforms its logits.
+        tail: whether the normaliser outside a list is wanted.
     """
     known = generation(capability)
+    if tail:
+        return _LIGHT[known][3] if (streams, extras) == (1, 1) else _TAILED[known][streams]
     if known == 90 and streams == 1 and extras == 0 and plain:
         return _WIDE
     return (_FULL if extras > 1 else _LIGHT)[known][streams]
 
 
-def gradient_tiling(capability: int, streams: int, *, plain: bool, filtered: bool) -> Tiling:
-    """For the fused gradient; ``plain`` is without head transforms.
+def gradient_tiling(capability: int, tiles: int, *, plain: bool, filtered: bool) -> Tiling:
+    """For the fused gradient.
 
     Nothing is carried from tile to tile, and yet a wide tile spills on Blackwell with Triton 3.6.
     One that finds the largest magnitudes for the filter has the filter's tile where that fits.
+
+    Args:
+        capability: 90 for sm_90.
+        tiles: of numbers that are alive together: for each stream, and what a tail shares.
+        plain: whether no head transforms its logits.
+        filtered: whether the largest magnitudes are wanted.
     """
     known = generation(capability)
-    if plain and streams == 1:
+    if plain and tiles == 1:
         return _WIDE if known == 90 and not filtered else _LIGHT[known][1]
-    return _LIGHT[known][streams] if plain and not filtered else _CURVED[known][streams]
+    return _LIGHT[known][tiles] if plain and not filtered else _CURVED[known][tiles]
 
 
 def tiling_trials(capability: int, shipped: Tiling, *, filtered: bool = False) -> list[Tiling]:
