@@ -70,3 +70,5 @@ def _first_replace(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
 
 
 interpreter._patch_lang, GridExecutor.__call__ = _replace_once, _first_replace
+
+import triton_sanitizer  # noqa: E402, F401  (last: it watches launches as they are now)
