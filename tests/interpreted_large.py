@@ -110,13 +110,14 @@ def test_live_products() -> None:
     weight, hidden = torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()
     index, found = torch.tensor([3, 0, 4, 1, 2]), []
     for move in (torch.clone, far):
-        live = LiveTiles(move(dz), peaks, torch.zeros(1), tile=16, tiling=LiveTiling(16, 16, 4, 3))
+        live = LiveTiles(move(dz), peaks, torch.zeros(1), 16)
         sums = move(torch.zeros(4, 16)), move(torch.zeros(5, 16))
         for launch in live.lists():
             launch.run()
         for add in (False, True):
-            live.product(sums[0], move(weight), index, transposed=False, add=add).run()
-            live.product(sums[1], move(hidden), index, transposed=True, add=add).run()
+            how = {"add": add, "tiling": LiveTiling(16, 16, 4, 3)}
+            live.product(sums[0], move(weight), index, transposed=False, **how).run()
+            live.product(sums[1], move(hidden), index, transposed=True, **how).run()
         found.append([x.clone() for x in sums])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

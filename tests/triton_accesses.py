@@ -9,9 +9,20 @@ import numpy as np
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
+from pad_kernels.engine.plan import ALIGNED
+
 
 class Fault(AssertionError):
     """What would be a race, a fault or a wrong number on a GPU."""
+
+
+def _with_padding(x: Tensor) -> Tensor:
+    """A matrix whose rows are padded to whole accesses (``launch.reach``), and their padding."""
+    if x.dim() != 2 or x.stride(0) != -(-x.shape[1] // ALIGNED) * ALIGNED:
+        return x
+    last = x.storage_offset() + x.shape[0] * x.stride(0)
+    inside = last * x.element_size() <= x.untyped_storage().nbytes()
+    return x.as_strided((x.shape[0], x.stride(0)), x.stride()) if inside else x
 
 
 class Region:
@@ -20,6 +31,7 @@ class Region:
     def __init__(self, tensor: Tensor) -> None:
         self.item, self.base = tensor.element_size(), tensor.data_ptr()
         self.name = f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)} by {tensor.stride()}"
+        tensor = _with_padding(tensor)
         axes = sorted(
             (t * self.item, n) for n, t in zip(tensor.shape, tensor.stride(), strict=True)
         )

@@ -4,7 +4,7 @@ The interpreter runs the programs of a grid one after the other, reads and write
 leads, wraps integers silently and takes every hint for true. Once this is imported:
 
 - Programs run in a shuffled order. An access stays inside the very view whose pointer it started
-  from, gaps between its rows excluded.
+  from, gaps between its rows excluded but for padding to whole accesses.
 - What a launch stores, it stores once and does not load afterwards, and what one program loads no
   other stores; atomics touch what nothing else touches. That holds within a program as well: its
   threads wait for each other only at a barrier, of which the kernels have none.
