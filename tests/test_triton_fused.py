@@ -78,7 +78,7 @@ KEPT = 64
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own: the interpreter is switched on before triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    parts = ("fused", "tail", "filter", "tokens", "autotune")
+    parts = ("sanitizer", "large", "fused", "tail", "filter", "tokens", "autotune")
     found = subprocess.run(
         [*command, *(str(HERE / f"interpreted_{part}.py") for part in parts)],
         capture_output=True,

@@ -1,7 +1,8 @@
 """Kernels under Triton's interpreter: import this before anything that imports triton.
 
 numpy has no bfloat16, so the interpreter keeps its bits in uint16, and multiplies those bits as
-integers in ``tl.dot``. Products of bfloat16 are exact in float32, which is what a GPU adds up.
+integers in ``tl.dot``. Products of bfloat16 are exact in float32, which is what a GPU adds up. It
+also cuts float32 off to bfloat16, where a GPU rounds to nearest.
 
 Every call from one kernel function to another makes the interpreter look through all of
 triton.language for what it has to replace, a third of a test's time. Once in a launch is enough.
@@ -30,7 +31,20 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore
     return TensorHandle(np.matmul(_numbers(a), _numbers(b)) + d.data, d.dtype.scalar)
 
 
-InterpreterBuilder.create_dot = _dot
+def _cast(self, src, dst_type):  # type: ignore[no-untyped-def]
+    of, to = src.dtype.scalar, dst_type.scalar
+    if (of, to) == (tl.bfloat16, tl.float32):
+        return TensorHandle(_numbers(src), to)
+    if (of, to) == (tl.float32, tl.bfloat16):
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        rounded = bits + (0x7FFF + (bits >> 16 & 1))
+        bits = np.where(np.isnan(src.data), bits | 0x400000, rounded)
+        return TensorHandle((bits >> 16).astype(np.uint16), to)
+    return _cast_others(self, src, dst_type)
+
+
+_cast_others = InterpreterBuilder.cast_impl
+InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot
 
 _replace, _launch = interpreter._patch_lang, GridExecutor.__call__
 _replaced: set[str] = set()
@@ -56,3 +70,5 @@ def _first_replace(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
 
 
 interpreter._patch_lang, GridExecutor.__call__ = _replace_once, _first_replace
+
+import triton_sanitizer  # noqa: E402, F401  (last: it watches launches as they are now)

@@ -43,7 +43,8 @@ def gather_logits_kernel(
         source = weight + tl.where(valid, token, 0)[:, None] * weight_strides[0]
         total = tl.zeros((STEP, FEATURES), tl.float32)
         for start in range(0, size, FEATURES):
-            at = start + tl.arange(0, FEATURES)
+            # Of a transpose the last feature may lie beyond 2^31.
+            at = (start + tl.arange(0, FEATURES)).to(tl.int64)
             x = tl.load(hidden + row * hidden_strides[0] + at * hidden_strides[1], at < size, 0.0)
             w = tl.load(source + at[None, :] * weight_strides[1], (at < size)[None, :], 0.0)
             total += w.to(tl.float32) * x.to(tl.float32)[None, :]
@@ -68,7 +69,7 @@ def gather_hidden_kernel(
 ):
     """Some features of a row's gradient: sum over its ids of grad * weight[id]."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    at = (tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)).to(tl.int64)
     if tl.load(counted + row):
         total = tl.zeros((FEATURES,), tl.float32)
         for start in range(0, count, STEP):
@@ -104,7 +105,7 @@ def scatter_weight_kernel(
     key = tl.load(keys + start)
     before = tl.load(keys + start - 1, start > 0, other=-1)
     if (key >= 0) & (key < vocab) & (before != key):
-        at = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+        at = (tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)).to(tl.int64)
         total = tl.zeros((FEATURES,), tl.float32)
         ours = tl.full((STEP,), 1, tl.int1)
         while tl.min(ours.to(tl.int32), 0) > 0:  # the pairs of the last step were all this id's

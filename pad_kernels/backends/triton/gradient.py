@@ -267,6 +267,6 @@ def curved_part(
 @triton.jit(do_not_specialize=["numel"])
 def transform_values(values, head, numel, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Raw logits behind their head transform, in place; float32."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     raw = tl.load(values + place, mask=place < numel, other=0.0)
     tl.store(values + place, head_transform(raw, head, KIND), mask=place < numel)

@@ -29,7 +29,7 @@ def _pair(value, token):
     """(float32, int32) as an int64 whose order is value descending, id ascending, reversed."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF ^ token).to(tl.int64)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _unpair(pair):
     """The inverse of :func:`_pair`; -inf and id -1 for nothing."""
     ordered = (pair >> 32).to(tl.int32)
     bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    token = 0x7FFFFFFF - (pair & 0x7FFFFFFF).to(tl.int32)
+    token = 0x7FFFFFFF ^ (pair & 0x7FFFFFFF).to(tl.int32)
     found = pair != _NOTHING
     value = tl.where(found, bits.to(tl.float32, bitcast=True), -float("inf"))
     return value, tl.where(found, token, -1)
@@ -62,8 +62,8 @@ def merge_largest_kernel(
     """Merge one row of a block into its k largest logits."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, K)
-    values = state + place * state_stride + row
-    ids = values + k * state_stride
+    values = state + place.to(tl.int64) * state_stride + row
+    ids = state + (place + k).to(tl.int64) * state_stride + row
     held = tl.load(values, place < k, other=0.0).to(tl.float32)
     tokens = tl.load(ids, place < k, other=-1.0).to(tl.int32)
     best = tl.sort(tl.where(tokens >= 0, _pair(held, tokens), _NOTHING), descending=True)
