@@ -19,8 +19,8 @@ CUDA = ["tests/test_cuda_rows.py", "tests/test_cuda_sequences.py"]
 CPU = [f"tests/test_{x}.py" for x in ("row_pass", "row_pass_numerics", "row_walk", "listwise")]
 #: Every listwise kernel, and row passes with several streams and blocks.
 FEW = [*CUDA, "-k", "losses and 1.5 or wild or tiles or rewards or statistics and shape6"]
-#: All but what is mostly torch.
-MOST = ["-k", "not awkward and not well_behaved"]
+#: All but what is mostly torch, or about the usual build.
+MOST = ["-k", "not awkward and not well_behaved and not _level"]
 CASES = [("thread", cuda_on_cpu.NAME, FEW)]
 if os.environ.get("PAD_KERNELS_SANITIZE") == "all":
     CASES = [
