@@ -106,7 +106,8 @@ def check_far_apart(dtype: torch.dtype) -> None:
     streams = make_streams(2, 3, 77, dtype, HEADS["all"])
     wanted = passes(*placed(streams, torch.clone))
     for found, value in zip(passes(*placed(streams, far_apart)), wanted, strict=True):
-        assert found.equal(value)
+        # Sums depend a little on where vectors begin; other rows' numbers would be far off.
+        torch.testing.assert_close(found, value, rtol=0.02, atol=1e-3)
 
 
 def test_nothing_beyond_the_rows_is_touched_on_any_instruction_set() -> None:
