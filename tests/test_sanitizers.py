@@ -58,7 +58,7 @@ def test_mistakes_are_found(sanitizer: str, mistake: str, report: str) -> None:
     assert done.returncode != 0 and report in done.stderr
 
 
-@pytest.mark.parametrize(("sanitizer", "name", "tests"), CASES, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(("sanitizer", "name", "tests"), CASES, ids=[s + n for s, n, _ in CASES])
 def test_nothing_is_found_in_the_kernels(sanitizer: str, name: str, tests: list[str]) -> None:
     need(sanitizer)
     done = sanitized.run_tests(sanitizer, name, tests)
