@@ -15,7 +15,7 @@ PIN_TORCH = $(BIN)/python -c 'from importlib.metadata import version as v; print
 NATIVE := pyproject.toml $(wildcard setup.py) $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo miniature test check-kernels coverage bench gpu-check lint format clean
+.PHONY: help demo miniature test check-kernels check-native coverage bench gpu-check lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ test: $(STAMPS)/dev $(STAMPS)/demo ## run the whole test suite
 
 check-kernels: $(STAMPS)/dev ## compile every GPU kernel for every device and read its machine code
 	PAD_KERNELS_CUBINS=all $(BIN)/python -m pytest tests/test_triton_cubins.py tests/test_triton_fused.py tests/test_cuda_build.py $(ARGS)
+
+check-native: $(STAMPS)/dev ## run the C++ and CUDA sources on a CPU under compiler sanitizers
+	PAD_KERNELS_SANITIZE=all $(BIN)/python -m pytest tests/test_sanitizers.py tests/test_row_bounds.py $(ARGS)
 
 coverage: $(STAMPS)/dev $(STAMPS)/demo ## run the suite and fail below 95 % of the package's lines
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95 $(ARGS)

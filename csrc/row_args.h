@@ -92,7 +92,7 @@ struct GradientArgs : BlockArgs {
 };
 
 // All of the above for a block of whole rows: the first sweep, the second if there is a
-// second.value, and the gradient. Logits may be overwritten.
+// second.value, and the gradient. Logits may be overwritten, and so may what is between their rows.
 struct WalkArgs {
   StatisticsArgs first;
   OutcomeArgs second;

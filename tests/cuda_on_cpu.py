@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: the same sources, compiled by the C++ compiler.
 
 A kernel asks its team of threads who it is and never the hardware (csrc/cuda/team.h), so blocks
-also run one after the other on a few threads with a barrier. Module and cubins are kept under
+also run two at a time on a few threads with a barrier each. Modules and cubins are kept under
 build/, by the hash of what they were made from.
 """
 
@@ -28,6 +28,7 @@ from pad_kernels.sequence import gpu
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 NAME = "_cuda_on_cpu"
+SOURCES = sorted((CSRC / "cuda").glob("*.c*"))
 
 
 def cached(kind: str, recipe: str, make: Callable[[Path], None]) -> Path:
@@ -57,33 +58,52 @@ def run(command: list[Any]) -> str:
     return done.stdout + done.stderr
 
 
-def _compile(compiler: str, includes: list[str], folder: Path) -> None:
-    flags = ["-std=c++20", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden"]
-    flags += [f"-DPAD_MODULE={NAME}", *(f"-I{path}" for path in includes)]
-    sources = sorted((CSRC / "cuda").glob("*.c*"))
-    made = [folder / f"{source.name}.o" for source in sources]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            [compiler, *flags, "-x", "c++", "-c", source, "-o", object_]
-            for source, object_ in zip(sources, made, strict=True)
-        ]
-        list(pool.map(run, jobs))
-    run([compiler, "-shared", "-pthread", *made, "-o", folder / f"{NAME}.so"])
+def compiler() -> str:
+    """The C++ compiler; the test is skipped where there is none."""
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++ to compile the sources with")
+    return found
 
 
-def load() -> Any:
-    """The module; skips where there is no compiler."""
+def build(name: str, sources: list[Path], flags: list[str], kind: str) -> Path:
+    """An extension module made of ``sources``; ``flags`` are for all but the bindings."""
     pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA sources with")
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    folder = cached("cuda-on-cpu", NAME, lambda to: _compile(compiler, includes, to))
-    spec = importlib.util.spec_from_file_location(NAME, folder / f"{NAME}.so")
+    includes = [f"-I{x}" for x in (pybind11.get_include(), sysconfig.get_path("include"))]
+    common = [compiler(), "-std=c++20", "-fPIC", "-pthread", "-fvisibility=hidden"]
+    common += [f"-DPAD_MODULE={NAME}", *includes]
+
+    def compile_all(folder: Path) -> None:
+        made = [folder / f"{source.parent.name}-{source.name}.o" for source in sources]
+
+        def one(source: Path, object_: Path) -> None:
+            # Bindings hand arguments on and are slow to compile.
+            own = ["-O0"] if "bindings" in source.name else ["-O1", *flags]
+            run([*common, *own, "-x", "c++", "-c", source, "-o", object_])
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(one, sources, made))
+        runtime = [flag for flag in flags if flag.startswith("-fsanitize")]
+        # The module's own functions come first: torch has brought an OpenMP runtime along.
+        link = [compiler(), "-shared", "-pthread", "-Wl,-Bsymbolic", *runtime, *made]
+        run([*link, "-o", folder / f"{name}.so"])
+
+    recipe = " ".join([name, *flags, *(path.read_text("utf-8") for path in sources)])
+    return cached(kind, recipe, compile_all) / f"{name}.so"
+
+
+def imported(path: Path, name: str) -> Any:
+    """The module in that file."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load() -> Any:
+    """The module; skips where there is no compiler."""
+    return imported(build(NAME, SOURCES, [], "cuda-on-cpu"), NAME)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import pytest
 import row_pass_harness
 import test_divergence
 import test_parity
+import test_row_bounds
 import test_row_pass
 import test_row_pass_numerics
 import torch
@@ -168,6 +169,11 @@ def test_rows_that_are_not_aligned_alike(passes: Any) -> None:
             )
         ]
         torch.testing.assert_close(*outs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_further_apart_than_an_int_counts(passes: Any, dtype: torch.dtype) -> None:
+    test_row_bounds.check_far_apart(dtype)
 
 
 PLANS = [

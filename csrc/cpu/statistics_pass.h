@@ -334,23 +334,30 @@ void write_state(const StatisticsPlan<Z>& plan, int64_t row, const Summary& bloc
   }
 }
 
-// The segments of every row, shared out to the threads: `segment(row, begin, end)` returns what is
-// known of one, `join` adds another, `finish(row, whole)` takes the row's.
-template <class Part, class Segment, class Join, class Finish>
-void over_rows(const BlockArgs& args, Segment segment, Join join, Finish finish) {
+// What is known of a row, from its segments; `share`: the threads share them.
+template <class Part, class Segment, class Join>
+Part over_segments(const BlockArgs& args, int64_t row, bool share, Segment segment, Join join) {
   const int64_t width = segment_width(args.cols);
   const int64_t segments = (args.cols + width - 1) / width;
-  // Few rows: the threads share the segments of each.
-  const bool share = args.threads > 1 && segments > 1 && args.rows < 8 * args.threads;
-#pragma omp parallel for schedule(static) num_threads(args.threads) if (args.threads > 1 && !share)
-  for (int64_t row = 0; row < args.rows; ++row) {
-    Part part[kMaxSegments];
+  Part part[kMaxSegments];
 #pragma omp parallel for schedule(static) num_threads(args.threads) if (share)
-    for (int64_t s = 0; s < segments; ++s)
-      part[s] = segment(row, s * width, smaller(args.cols, (s + 1) * width));
-    for (int64_t s = 1; s < segments; ++s) join(part[0], part[s]);
-    finish(row, part[0]);
-  }
+  for (int64_t s = 0; s < segments; ++s)
+    part[s] = segment(row, s * width, smaller(args.cols, (s + 1) * width));
+  for (int64_t s = 1; s < segments; ++s) join(part[0], part[s]);
+  return part[0];
+}
+
+// The segments of every row, shared out to the threads: `segment(row, begin, end)` returns what is
+// known of one, `join` adds another, `finish(row, whole)` takes the row's. The inner loop is in a
+// function of its own: behind a nested one GCC writes variables back that other threads read.
+template <class Part, class Segment, class Join, class Finish>
+void over_rows(const BlockArgs& args, Segment segment, Join join, Finish finish) {
+  // Few rows: the threads share the segments of each.
+  const bool several = args.threads > 1, short_rows = args.cols <= segment_width(args.cols);
+  const bool share = several && !short_rows && args.rows < 8 * args.threads;
+#pragma omp parallel for schedule(static) num_threads(args.threads) if (several && !share)
+  for (int64_t row = 0; row < args.rows; ++row)
+    finish(row, over_segments<Part>(args, row, share, segment, join));
 }
 
 template <class Z>

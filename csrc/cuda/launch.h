@@ -1,5 +1,5 @@
-// Launching a kernel, and saying which one failed. Compiled without nvcc, a launch runs the blocks
-// one after the other on a few threads of the CPU.
+// Launching a kernel, and saying which one failed. Compiled without nvcc, a launch runs two blocks
+// at a time, each on a few threads of the CPU.
 #pragma once
 
 #include <stdexcept>
@@ -23,7 +23,8 @@ struct Launch {
 };
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
-constexpr size_t kUsualShared = 48 << 10;  // above, a kernel has to ask
+// Above, a kernel has to ask: a block has 48 KiB, of which `reduce` takes up to 4.
+constexpr size_t kUsualShared = 44 << 10;
 
 inline void check_launch(const char* name, const Launch& launch) {
   if (launch.blocks > kMaxBlocks)
@@ -64,24 +65,37 @@ void launch(const char* name, const Launch& launch, void* queue,
 
 #else
 
+// What the threads of one block share. Nobody has written to its memory.
+struct BlockOnCpu {
+  BlockOnCpu(int threads, size_t bytes)
+      : barrier(threads), shared((bytes + 7) / 8, ~uint64_t(0)), slots(threads * Team::kSlot) {}
+  std::barrier<> barrier;
+  std::vector<uint64_t> shared;  // as doubles NaN
+  std::vector<unsigned char> slots;
+};
+
+// Blocks run side by side and in no order, as on a GPU: a thread sanitizer sees what two of them do
+// to the same memory. Those whose number has an even number of bits go one way and the others the
+// other, so that blocks of any distance meet.
 template <class Kernel>
 void launch(const char* name, const Launch& launch, void*, const typename Kernel::Args& args) {
   check_launch(name, launch);
   const int size = launch.threads < 3 ? launch.threads : 3;  // no power of two
-  std::vector<double> shared(launch.shared / sizeof(double) + 1);
-  std::vector<unsigned char> slots(size * Team::kSlot);
-  std::barrier<> barrier(size);
-  const auto thread = [&](int rank) {
-    Team team(rank, size, &barrier, shared.data(), slots.data());
-    for (int64_t block = 0; block < launch.blocks; ++block) {
-      Kernel::run(team, block, args);
+  const auto thread = [&](BlockOnCpu* block, int parity, int rank) {
+    Team team(rank, size, &block->barrier, block->shared.data(), block->slots.data());
+    for (int64_t number = 0; number < launch.blocks; ++number) {
+      if (__builtin_parityll(uint64_t(number)) != parity) continue;
+      Kernel::run(team, number, args);
       team.sync();
     }
   };
-  std::vector<std::thread> others;
-  for (int rank = 1; rank < size; ++rank) others.emplace_back(thread, rank);
-  thread(0);
-  for (std::thread& other : others) other.join();
+  BlockOnCpu even(size, launch.shared), odd(size, launch.shared);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back(thread, &even, 0, rank);
+    if (launch.blocks > 1) threads.emplace_back(thread, &odd, 1, rank);
+  }
+  for (std::thread& each : threads) each.join();
 }
 
 #endif
