@@ -102,6 +102,34 @@ def run_statistics(
     return stats
 
 
+def check_gradient(
+    out: Tensor,
+    streams: list[Stream],
+    stats: RowStats,
+    terms: LogitGradient,
+    span: tuple[int, int],
+    inputs: dict[str, Tensor],
+) -> None:
+    """A block of dL/dz, vocabulary entries of the span, against float64 and float32."""
+    a, b = span
+    found = []
+    for working in (torch.float64, torch.float32):
+        logits = logits_of(streams, torch.float64)
+        block = Block({j: z[:, a:b].to(working) for j, z in logits.items()}, a, inputs)
+        dense = dense_gradient(block, stats, terms)
+        for ids, values in terms.sparse:
+            inside = (ids >= a) & (ids < b)
+            dense.scatter_add_(1, torch.where(inside, ids - a, 0), (values * inside).to(working))
+        student = streams[0]
+        raw = student.hidden.to(working) @ student.weight[a:b].to(working).t()
+        if student.bias is not None:
+            raw += student.bias[a:b].to(working)
+        found.append(dense * student.head.chain(raw))
+    eps = torch.finfo(out.dtype).eps
+    dense = found[1].to(out.dtype).double()
+    assert_by_norm(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
+
+
 def finished(stats: RowStats, statistic: Statistic, bound: bool = False) -> Tensor:
     """A statistic as values use it: log normalisers, expectations."""
     found = stats[statistic]
@@ -340,19 +368,5 @@ def test_gradient_of_a_block(dtype: torch.dtype, count: int, tma: bool) -> None:
     operands = operands_of(streams).cut(a, [s.weight[a:b] for s in streams])
     used = list(range(count))
     fused.gradient_launch(operands, used, SMALL, stats, terms, out, a, peaks, tma=tma).run()
-    found = []
-    for working in (torch.float64, torch.float32):
-        block = Block({j: z[:, a:b].to(working) for j, z in logits.items()}, a, {})
-        dense = dense_gradient(block, stats, terms)
-        for i, values in terms.sparse:
-            inside = (i >= a) & (i < b)
-            dense.scatter_add_(1, torch.where(inside, i - a, 0), (values * inside).to(working))
-        student = streams[0]
-        raw = student.hidden.to(working) @ student.weight[a:b].to(working).t()
-        if student.bias is not None:
-            raw += student.bias[a:b].to(working)
-        found.append(dense * student.head.chain(raw))
-    dense = found[1].to(dtype).double()
-    eps = torch.finfo(dtype).eps
-    assert_by_norm(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
+    check_gradient(out, streams, stats, terms, (a, b), {})
     assert peaks.view(torch.float32)[0] == out.float().abs().max()

@@ -16,6 +16,7 @@ from interpreted_fused import (
     DTYPES,
     SMALL,
     Rounded,
+    check_gradient,
     finished,
     logits_of,
     make_streams,
@@ -26,7 +27,6 @@ from oracles import GRADIENTS, VALUES, assert_by_norm
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels.backends.torch_blocked import _dense as dense_gradient
 from pad_kernels.backends.triton import backend as triton_backend
 from pad_kernels.backends.triton import fused
 from pad_kernels.backends.triton.fused_operands import Measured
@@ -179,22 +179,7 @@ def test_gradient_of_a_block(shape, k: int) -> None:
     )
     a, b = min(33, vocab // 3), min(33 + 64, vocab)
     out = gradient_of(streams, stats, terms, (a, b), dtype, tma=turn % 2 == 0)
-    found = []
-    for working in (torch.float64, torch.float32):
-        logits = logits_of(streams, torch.float64)
-        block = Block({j: z[:, a:b].to(working) for j, z in logits.items()}, a, inputs)
-        dense = dense_gradient(block, stats, terms)
-        for ids, values in terms.sparse:
-            inside = (ids >= a) & (ids < b)
-            dense.scatter_add_(1, torch.where(inside, ids - a, 0), (values * inside).to(working))
-        student = streams[0]
-        raw = student.hidden.to(working) @ student.weight[a:b].to(working).t()
-        if student.bias is not None:
-            raw += student.bias[a:b].to(working)
-        found.append(dense * student.head.chain(raw))
-    eps = torch.finfo(dtype).eps
-    dense = found[1].to(dtype).double()
-    assert_by_norm(out.double(), found[0], dense, GRADIENTS, 4 * eps if eps < 1e-6 else eps)
+    check_gradient(out, streams, stats, terms, (a, b), inputs)
 
 
 def test_a_tail_of_ids_that_are_not_picked_is_left_to_the_row_passes() -> None:
