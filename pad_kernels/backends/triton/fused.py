@@ -171,7 +171,7 @@ def gradient_launch(
         outside = left_out, left_out.shape[1]
     arguments = {
         **operands.arguments(tiling, tma=tma),
-        "out": (out, out.stride(0), reach(operands.shape[1], out)),
+        "out": (out, out.stride(0), reach(operands.shape[1], out) or operands.shape[1]),
         "coefficients": columns.packed(),
         "sparse": sparse,
         "outside": outside,

@@ -82,7 +82,7 @@ def row_outcomes(
     partial,  # (2, splits, rows) float64: sums of value and slope
     rows,
     cols,
-    reach,  # columns that may be read
+    reach,  # columns that may be read, or None: cols
     tiles,
     KINDS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -103,7 +103,7 @@ def row_outcomes(
         tile = ()
         for j in tl.static_range(2):
             line = row.to(tl.int64) * strides[j]
-            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
+            raw = load_raw(logits[j], biases[j], line, columns, reach, inside)
             a = head_transform(raw, heads[j], KINDS[j])
             tile = tile + (tl.where(inside, a, -float("inf")),)
         x_s, x_t = tile[0] - c[0], tile[1] - c[1]
@@ -121,7 +121,8 @@ def row_gradient(
     strides,
     biases,  # (cols,) float32, or None
     heads,  # (scale, softcap, temperature)
-    out,  # (pointer to (rows, cols), its stride, columns that may be written), may be a stream
+    out,  # (pointer to (rows, cols), its stride), may be a stream
+    out_reach,  # columns that may be written, or None: cols
     coefficients,  # (fields, rows) float32; the constants below are places in it, -1 for none
     sparse,  # (ids (rows, count) int64 ascending, values (rows, count) float32), or None
     count,
@@ -131,7 +132,7 @@ def row_gradient(
     peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
     rows,
     cols,
-    reach,  # columns that may be read
+    reach,  # columns that may be read, or None: cols
     tiles,
     offset,
     KINDS: tl.constexpr,
@@ -167,11 +168,11 @@ def row_gradient(
         columns = start + lanes
         inside = columns < end
         line = row.to(tl.int64) * strides[0]
-        first_raw = load_raw(logits[0], biases[0], line, columns, columns < reach, inside)
+        first_raw = load_raw(logits[0], biases[0], line, columns, reach, inside)
         x = (head_transform(first_raw, heads[0], KINDS[0]),)
         for j in tl.static_range(1, len(KINDS)):
             line = row.to(tl.int64) * strides[j]
-            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
+            raw = load_raw(logits[j], biases[j], line, columns, reach, inside)
             x = x + (head_transform(raw, heads[j], KINDS[j]),)
         d = tl.zeros([DEPTH, LANES], tl.float32)
         if CONSTANT >= 0:
@@ -194,10 +195,11 @@ def row_gradient(
                 cursor += 1
                 upcoming = next_column(listed, cursor, count, offset)
         d *= head_slope(first_raw, heads[0], KINDS[0])
-        # Behind the last column zeros, as far as whole accesses go.
         stored = tl.where(inside, d, 0.0).to(out[0].dtype.element_ty)
-        target = out[0] + row.to(tl.int64) * out[1] + columns
-        tl.store(target, stored, mask=columns < out[2])
+        near = inside
+        if out_reach is not None:  # zeros behind the last column
+            near = columns < out_reach
+        tl.store(out[0] + row.to(tl.int64) * out[1] + columns, stored, mask=near)
         if peaks is not None:
             # Bits of numbers without a sign are in their order, NaN last; a maximum is the same in
             # any order, so that the atomic is deterministic.

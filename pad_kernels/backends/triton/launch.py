@@ -69,14 +69,15 @@ class Device:
         return Device(10 * found.major + found.minor, found.multi_processor_count)
 
 
-def reach(cols: int, *matrices: Tensor) -> int:
-    """Columns of matrices [rows, cols] that kernels touch: whole accesses, where rows are padded.
+def reach(cols: int, *matrices: Tensor) -> int | None:
+    """Columns of matrices [rows, cols] that kernels touch, whole accesses; None: no more than cols.
 
     Padding (``engine.plan.row_pitch``) belongs to nobody. Where it is read it counts nothing;
     gradients write zeros there, so that it adds nothing to products over it either.
     """
     pitch = -(-cols // ALIGNED) * ALIGNED
-    return pitch if all(x.stride(0) == pitch for x in matrices) else cols
+    padded = pitch > cols and all(x.stride(0) == pitch for x in matrices)
+    return pitch if padded else None
 
 
 def head_kind(head: HeadOptions) -> int:

@@ -98,7 +98,7 @@ class LiveTiles:
             key = f"live product/{kind}/{dtypes}/{autotune.shape_class(rows, cols, width)}"
             tiling = self._measured(key, build)
         arguments = {
-            "dz": (self.dz, self.dz.stride(0), reach(cols, self.dz)),
+            "dz": (self.dz, self.dz.stride(0), reach(cols, self.dz) or cols),
             "other": (other, other.stride(0)),
             "total": (total, total.stride(0)),
             "index": index,

@@ -218,7 +218,8 @@ class Passes:
         }
         arguments = {
             **self._streams(used),
-            "out": (out, out.stride(0), reach(self.cols, out)),
+            "out": (out, out.stride(0)),
+            "out_reach": reach(self.cols, out),
             "coefficients": columns.packed(),
             "sparse": None if sparse is None else (sparse[0], sparse[1].float()),
             "count": 0 if sparse is None else sparse[0].shape[1],
@@ -238,13 +239,13 @@ class Passes:
 
         In its own place it would run over logits that are gone after the first time.
         """
-        out, _, cols = launch.arguments["out"]
-        rows = max(min(self.rows, autotune.SCRATCH // (cols * out.element_size())), 1)
+        out, pitch = launch.arguments["out"]
+        rows = max(min(self.rows, autotune.SCRATCH // (pitch * out.element_size())), 1)
         tiles, splits, _ = self._split(config, rows)
-        room, peaks = scratch.empty(rows, cols, dtype=out.dtype), launch.arguments["peaks"]
+        room, peaks = scratch.empty(rows, pitch, dtype=out.dtype), launch.arguments["peaks"]
         if peaks is not None:
             peaks = scratch.empty(*peaks.shape, dtype=peaks.dtype)
-        return launch.instead((rows, splits), out=(room, cols, cols), peaks=peaks, tiles=tiles)
+        return launch.instead((rows, splits), out=(room, pitch), peaks=peaks, tiles=tiles)
 
 
 def transform(head: HeadOptions, values: Tensor) -> Launch:

@@ -23,11 +23,14 @@ from pad_kernels.backends.triton.math import (
 
 
 @triton.jit
-def load_raw(logits, bias, place, columns, near, inside):
+def load_raw(logits, bias, place, columns, reach, inside):
     """Raw products of a tile in float32, bias added; anything outside.
 
-    ``near`` is ``inside`` and, in padded rows, what a whole access reads beyond it.
+    ``reach`` is how many columns may be read where rows are padded to whole accesses, or None.
     """
+    near = inside
+    if reach is not None:
+        near = columns < reach
     raw = tl.load(logits + place + columns, mask=near, other=0.0).to(tl.float32)
     if bias is not None:
         raw += tl.load(bias + columns, mask=inside, other=0.0)
@@ -143,7 +146,7 @@ def row_statistics(
     best,  # (splits, rows) int32, the largest entry's column, or None
     rows,
     cols,
-    reach,  # columns that may be read
+    reach,  # columns that may be read, or None: cols
     tiles,  # of a split
     offset,  # vocabulary id of the first column
     KINDS: tl.constexpr,  # of each stream IDENTITY, LINEAR or CAPPED
@@ -177,7 +180,7 @@ def row_statistics(
         tile = ()
         for j in tl.static_range(len(KINDS)):
             line = row.to(tl.int64) * strides[j]
-            raw = load_raw(logits[j], biases[j], line, columns, columns < reach, inside)
+            raw = load_raw(logits[j], biases[j], line, columns, reach, inside)
             a = head_transform(raw, heads[j], KINDS[j])
             tile = tile + (tl.where(inside, a, -float("inf")),)
         joined, totals, shares, scales = add_streams(maxima, sums, tile)

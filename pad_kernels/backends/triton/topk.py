@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pad_kernels.backends.triton.launch import Launch, head_kind, head_numbers, reach
 from pad_kernels.backends.triton.math import head_transform
+from pad_kernels.backends.triton.statistics import load_raw
 from pad_kernels.engine.problem import Stream
 
 #: Beyond this a row's pairs no longer fit into the registers of a program.
@@ -52,7 +53,7 @@ def merge_largest_kernel(
     state,  # (2 k, rows) float64: values over ids, of ``functionals.statistics.Largest``
     state_stride,
     cols,
-    reach,  # columns that may be read
+    reach,  # columns that may be read, or None: cols
     offset,  # vocabulary id of the first column
     k,
     KIND: tl.constexpr,
@@ -69,9 +70,7 @@ def merge_largest_kernel(
     best = tl.sort(tl.where(tokens >= 0, _pair(held, tokens), _NOTHING), descending=True)
     for start in range(0, cols, TILE):
         col = start + tl.arange(0, TILE)
-        raw = tl.load(logits + row * stride + col, col < reach, other=0.0).to(tl.float32)
-        if bias is not None:
-            raw += tl.load(bias + col, col < cols, other=0.0)
+        raw = load_raw(logits, bias, row * stride, col, reach, col < cols)
         pairs = _pair(head_transform(raw, head, KIND), offset + col)
         pairs = tl.where(col < cols, pairs, _NOTHING)
         if tl.max(pairs) > tl.min(best):
