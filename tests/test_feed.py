@@ -40,7 +40,7 @@ class LazyLane:
 @pytest.fixture(params=[False, True], ids=["first moment", "last moment"])
 def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LazyLane:
     found = LazyLane(request.param)
-    monkeypatch.setattr(feed, "_lane", lambda device: found)
+    monkeypatch.setattr(feed, "_SideStream", lambda device: found)
     return found
 
 
@@ -141,7 +141,7 @@ def test_what_streams_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
         stream=lambda stream: stream,
     )
     monkeypatch.setattr(torch, "cuda", cuda)
-    lane = feed._lane(device)
+    lane = feed._SideStream(device)
     target = SimpleNamespace(copy_=lambda source, non_blocking: calls.append(f"copy {source}"))
     arrivals = [lane.send(target, source) for source in "ab"]  # type: ignore[arg-type]
     arrivals[1]()
@@ -151,4 +151,3 @@ def test_what_streams_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[8:] == [
         f"products of cuda:1 waits for event {i} of copies to cuda:1" for i in (2, 1)
     ]
-    assert feed._lane(device) is not lane  # nothing is shared with another thread, or capture

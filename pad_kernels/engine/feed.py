@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,17 +68,6 @@ def weight_chunks(
             yield start + a, start + b, copy_rows(weight, start + a, start + b, buffer, order)
 
 
-class Lane(Protocol):
-    """Copies that run beside the products of one reader."""
-
-    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
-        """Start a copy, after every product that was asked for so far.
-
-        What is returned lets every product from its call on wait for this copy.
-        """
-        ...
-
-
 class _SideStream:
     """A CUDA stream beside the current one; from pinned memory its copies overlap the products.
 
@@ -93,6 +81,10 @@ class _SideStream:
         self._copies = torch.cuda.Stream(device)  # out of torch's pool: nothing is created
 
     def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Start a copy, after every product that was asked for so far.
+
+        What is returned lets every product from its call on wait for this copy.
+        """
         self._copies.wait_stream(self._products)
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
@@ -100,15 +92,11 @@ class _SideStream:
         return functools.partial(self._products.wait_event, arrived)
 
 
-def _lane(device: torch.device) -> Lane:
-    return _SideStream(device)
-
-
 def _sent(
     weight: Tensor, start: int, stop: int, buffer: Tensor
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Pieces of half a buffer: one travels while a product reads the other."""
-    lane = _lane(buffer.device)
+    lane = _SideStream(buffer.device)
     half = max(buffer.shape[0] // 2, 1)
     places = [buffer[:half], buffer[-half:]]
     spans = [(start + a, start + b) for a, b in blocks(stop - start, half)]
