@@ -88,3 +88,19 @@ def multiply_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     from pad_kernels.engine import call
 
     monkeypatch.setattr(call, "gemm_dtype", lambda dtype, device: dtype)
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every plan that an op makes, in their order."""
+    from pad_kernels.engine import ops
+
+    found: list[Any] = []
+    original = ops.op_plan
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        found.append(original(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(ops, "op_plan", spy)
+    return found

@@ -19,8 +19,6 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.backends.triton import autotune, configs, tilings
-from pad_kernels.engine import ops
-from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.workspace import account
 
 #: What a device that is interpreted tries. ``make check-kernels`` lets each in turn be the fastest.
@@ -122,19 +120,12 @@ CASES: list[tuple[Callable[[pk.PlanRequest], Results], pk.PlanRequest, set[str]]
 def test_trials_change_nothing_but_last_digits(
     monkeypatch: pytest.MonkeyPatch,
     kept: autotune.Choices,
+    plans: list[pk.Plan],
     compute: Callable[[pk.PlanRequest], Results],
     request_: pk.PlanRequest,
     kernels: set[str],
     winner: int,
 ) -> None:
-    plans: list[Plan] = []
-    original = ops.op_plan
-
-    def spy(*arguments: Any, **options: Any) -> Plan:
-        plans.append(original(*arguments, **options))
-        return plans[-1]
-
-    monkeypatch.setattr(ops, "op_plan", spy)
     let_win(monkeypatch, winner)
     found = []
     account.reset()

@@ -19,9 +19,8 @@ from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.launch import reach
 from pad_kernels.backends.triton.live import LiveTiles
 from pad_kernels.backends.triton.tilings import LiveTiling, Tiling
-from pad_kernels.engine import ops, problem
+from pad_kernels.engine import problem
 from pad_kernels.engine import run as engine_run
-from pad_kernels.engine.plan import Plan
 from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.statistics import Block, Normalizer, measure
@@ -152,6 +151,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 )
 def test_filtered_gradients(
     products: list[int],
+    plans: list[pk.Plan],
     monkeypatch: pytest.MonkeyPatch,
     schedule: str,
     biased: bool,
@@ -166,14 +166,6 @@ def test_filtered_gradients(
     if padded:
         for module in (problem, engine_run):
             monkeypatch.setattr(module, "total_memory", lambda device: 1 << 30)
-    plans: list[Plan] = []
-    original = ops.op_plan
-
-    def spy(*arguments: Any, **options: Any) -> Plan:
-        plans.append(original(*arguments, **options))
-        return plans[-1]
-
-    monkeypatch.setattr(ops, "op_plan", spy)
     account.reset()
     filter_cases.check_schedule(schedule, "triton", biased, dtype)
     assert len(products) == 2

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
-from pad_kernels.engine.plan import ALIGNED
+from pad_kernels.engine.plan import padded
 
 
 class Fault(AssertionError):
@@ -18,7 +18,7 @@ class Fault(AssertionError):
 
 def _with_padding(x: Tensor) -> Tensor:
     """A matrix whose rows are padded to whole accesses (``launch.reach``), and their padding."""
-    if x.dim() != 2 or x.stride(0) != -(-x.shape[1] // ALIGNED) * ALIGNED:
+    if x.dim() != 2 or x.stride(0) != padded(x.shape[1]):
         return x
     last = x.storage_offset() + x.shape[0] * x.stride(0)
     inside = last * x.element_size() <= x.untyped_storage().nbytes()

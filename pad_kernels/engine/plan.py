@@ -26,6 +26,11 @@ ALIGNED = 16
 _limit: int | None = None
 
 
+def padded(cols: int) -> int:
+    """The next multiple of 16 bytes, in entries of any dtype."""
+    return -(-cols // ALIGNED) * ALIGNED
+
+
 def row_pitch(cols: int, device_bytes: int) -> int:
     """Entries from one row of a block of logits to the next.
 
@@ -35,7 +40,7 @@ def row_pitch(cols: int, device_bytes: int) -> int:
     Args:
         device_bytes: a GPU's total memory, 0 for a CPU.
     """
-    return -(-cols // ALIGNED) * ALIGNED if device_bytes else cols
+    return padded(cols) if device_bytes else cols
 
 
 @contextmanager
@@ -75,9 +80,9 @@ class PlanRequest:
         vocab_block: entries of a vocabulary chunk.
         kept_rows: rows that keep their logits between forward and backward.
         compact: leave out rows that do not count (ignored labels, weights of 0) and a teacher's
-            rows that have no use for it. False computes them all, so that nothing waits for a GPU:
-            a wrong label there makes the output NaN instead of an error. A CUDA graph is captured
-            that way in any case.
+            rows that have no use for it. False computes them all, so that nobody waits for a GPU
+            to tell them apart: a wrong label there makes the output NaN instead of an error. A CUDA
+            graph is captured that way in any case.
     """
 
     schedule: str | None = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels.backends.triton import math
-from pad_kernels.engine.plan import ALIGNED
+from pad_kernels.engine.plan import padded
 from pad_kernels.heads import HeadOptions
 
 
@@ -75,9 +75,8 @@ def reach(cols: int, *matrices: Tensor) -> int | None:
     Padding (``engine.plan.row_pitch``) belongs to nobody. Where it is read it counts nothing;
     gradients write zeros there, so that it adds nothing to products over it either.
     """
-    pitch = -(-cols // ALIGNED) * ALIGNED
-    padded = pitch > cols and all(x.stride(0) == pitch for x in matrices)
-    return pitch if padded else None
+    pitch = padded(cols)
+    return pitch if pitch > cols and all(x.stride(0) == pitch for x in matrices) else None
 
 
 def head_kind(head: HeadOptions) -> int:
