@@ -1,4 +1,4 @@
-"""Measured block sizes through the engine, interpreted; test_triton_fused.py runs this file.
+"""Measured block sizes through the engine, interpreted.
 
 What is tried runs twice, as a clock would have it: whatever it writes in the place of something
 that matters shows in the results.

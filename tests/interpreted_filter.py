@@ -1,4 +1,4 @@
-"""The gradient filter on single tiles, under the interpreter; test_triton_fused.py runs this."""
+"""The gradient filter on single tiles, under the interpreter."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The fused Triton kernels under the interpreter; test_triton_fused.py runs this file."""
+"""The fused Triton kernels under the interpreter."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Matrices whose entries lie beyond 2^31 of each other; test_triton_fused.py runs this file.
+"""Matrices whose entries lie beyond 2^31 of each other.
 
 Rows are 2^30 entries apart in memory that nobody has touched, so that the few pages in use are all
 there is. ``triton_sanitizer.py`` sees integers overflow; results are those of ordinary matrices.

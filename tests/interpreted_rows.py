@@ -1,4 +1,4 @@
-"""The Triton row passes under Triton's interpreter; ``test_triton_rows.py`` starts this file.
+"""The Triton row passes under Triton's interpreter.
 
 It is not collected by itself: whether kernels are interpreted is decided when triton is imported.
 Every case is the one of the other backends' tests, with this backend named.

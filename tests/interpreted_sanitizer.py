@@ -1,4 +1,4 @@
-"""Each thing that triton_sanitizer.py looks for is found; test_triton_fused.py runs this file."""
+"""Each thing that triton_sanitizer.py looks for is found."""
 
 import contextlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The tail of offline teachers in the fused kernels, interpreted; test_triton_fused.py runs this.
+"""The tail of offline teachers in the fused kernels, interpreted.
 
 Listed tokens that are nearly everything, next to nothing, all there is, or without any mass.
 """

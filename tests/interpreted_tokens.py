@@ -1,4 +1,4 @@
-"""Largest and given tokens' logits under the interpreter; test_triton_fused.py runs this file."""
+"""Largest and given tokens' logits under the interpreter."""
 
 from collections.abc import Callable
 

@@ -1,10 +1,7 @@
-"""The fused Triton kernels: run by the interpreter, and compiled for devices that are not here."""
+"""The fused Triton kernels compiled for devices that are not here."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +38,6 @@ from pad_kernels.functionals.statistics import (
 )
 from pad_kernels.heads import HeadOptions
 
-HERE = Path(__file__).parent
 #: ``make check-kernels`` compiles every case.
 EVERYTHING = os.environ.get("PAD_KERNELS_CUBINS") == "all"
 #: What computes a matrix product on the tensor cores of a generation.
@@ -72,21 +68,6 @@ ASKED: dict[str, tuple[int, tuple[Statistic, ...], HeadOptions]] = {
 PICKED = {"options": 200, "options_capped": 4}
 #: Tokens a row that an offline teacher kept.
 KEPT = 64
-
-
-@pytest.mark.slow
-def test_kernels_under_the_interpreter() -> None:
-    """In a process of its own: the interpreter is switched on before triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    parts = ("sanitizer", "large", "fused", "tail", "filter", "tokens", "autotune")
-    found = subprocess.run(
-        [*command, *(str(HERE / f"interpreted_{part}.py") for part in parts)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=1500,
-    )
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 
 def _ids(name: str, rows: int) -> dict[str, torch.Tensor]:
