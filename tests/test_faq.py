@@ -1,4 +1,4 @@
-"""The messages that docs/faq.md explains are messages of the library, and its links lead somewhere."""
+"""The messages that docs/faq.md explains are the library's, and its links lead somewhere."""
 
 from __future__ import annotations
 
