@@ -1,6 +1,6 @@
 """A training loop written by hand: preference-aligned distillation of a `transformers` model.
 
-    pip install 'pad-kernels[demo]'
+    pip install '.[demo]'
     python examples/preference_loop.py
 
 Weights and prompts are random, so that it runs anywhere within seconds. For real use put

@@ -85,7 +85,7 @@ def linear_logprob(
     Args:
         hidden: hidden states [..., H], float32, float64, bfloat16 or float16.
         weight: head weight [V, H], same dtype.
-        labels: int64 [...], already aligned: label i is what row i predicts.
+        labels: int64 or int32 [...], already aligned: label i is what row i predicts.
         bias: [V].
         softcap: final logit soft cap, > 0.
         logit_scale: factor on the raw logits.
@@ -294,7 +294,8 @@ def option_logprobs(
 
     Args:
         hidden, weight and the head options: as in :func:`linear_logprob`.
-        option_ids: int64 [C], the same candidates for every row, or [..., C] for each its own.
+        option_ids: int64 or int32 [C], the same candidates for every row, or [..., C] for each its
+            own.
 
     Returns:
         Tensor [..., C], float32 (float64 for float64 input), differentiable.

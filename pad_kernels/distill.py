@@ -72,7 +72,7 @@ def linear_distill(
 
     Args:
         student: a Head; the gradient goes to its hidden, weight and bias.
-        labels: int64 [...], already aligned: label i is what row i predicts.
+        labels: int64 or int32 [...], already aligned: label i is what row i predicts.
         teacher: for the divergence, a Head or TopKTeacher.
         aligned, reference: for the advantage, two Heads, or a TopKAdvantage and None.
         kind, alpha: of the divergence.

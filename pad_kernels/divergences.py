@@ -130,7 +130,7 @@ def linear_divergence(
             options; or a TopKTeacher. Must not require grad.
         kind: one of the above.
         alpha: in (0, 1), of the kinds with a mixture: 0.5 for jsd, else 0.1 by default.
-        labels: int64 [...]; only says which tokens are left out.
+        labels: int64 or int32 [...]; only says which tokens are left out.
         token_weights: [...], float; may require grad.
         reduction: "mean", "sum" or "none".
         normalizer: what "mean" divides by, a number or 0-d tensor; default: the count of tokens

@@ -39,7 +39,7 @@ class TopKTeacher:
     """A teacher that kept the log-probs of k tokens a position, as ``linear_topk`` gives them.
 
     Args:
-        ids: token ids int64 [..., k], distinct in each row, in any order.
+        ids: token ids, int64 or int32 [..., k], distinct in each row, in any order.
         logprobs: their full-vocabulary log-probabilities [..., k], floating point.
         tail: "bucket": the remaining probability is one more outcome, for teacher and student;
             "renormalize": both are renormalised over the k tokens, and only those k rows of the
@@ -69,7 +69,7 @@ class TopKAdvantage:
     """Offline log-ratios log(aligned / reference) of k tokens a position; 0 for all others.
 
     Args:
-        ids: token ids int64 [..., k], distinct in each row, in any order.
+        ids: token ids, int64 or int32 [..., k], distinct in each row, in any order.
         values: log-ratios [..., k], floating point, finite.
 
     Example:
