@@ -21,7 +21,11 @@ from pad_kernels.heads import HeadOptions
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel over a grid."""
+    """One kernel over a grid.
+
+    ``registers`` is the most that a thread may have. Left to itself ptxas aims at a round number of
+    programs a multiprocessor, and may give up a few registers to the stack for it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -29,11 +33,17 @@ class Launch:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """How it is compiled: without fused multiply-adds, see math.py."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+            "enable_fp_fusion": False,
+        }
 
     def instead(self, grid: tuple[int, ...] | None = None, **arguments: Any) -> Launch:
         """The same kernel with some other arguments, or over another grid."""

@@ -106,4 +106,4 @@ def merge_largest(
         "K": max(triton.next_power_of_2(k), 64),
         "TILE": tile,
     }
-    return Launch(merge_largest_kernel, (rows,), arguments, constants)
+    return Launch(merge_largest_kernel, (rows,), arguments, constants, registers=128)
