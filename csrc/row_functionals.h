@@ -364,6 +364,13 @@ PAD_HD void merge(RowState<T>& into, const RowState<T>& other, int streams,
 
 // ---------------------------------------------------------------- gradient
 
+// Whether the largest of a row's logits has all the probability, to the last digit. What is less
+// its mean over such a row is 0, and rounding would be all that is left of it.
+template <class T>
+bool certain(double sum) {
+  return T(sum) == T(1);
+}
+
 // 1 / sum, where a row without any mass has probabilities of 0.
 template <class T>
 PAD_HD T inverse_of(T sum) {
@@ -374,11 +381,19 @@ PAD_HD T inverse_of(T sum) {
 
 // What one vocabulary entry adds to a divergence between student and teacher probabilities s and t.
 // `value` is balanced by a multiple of s - t, so that it is never below 0 but for rounding; `slope`
-// is s (d(value)/ds + c), 0 where s = t; the gradient by the student's logit is
-// slope - s * (sum of slopes), whatever c is.
+// is s (d(value)/ds + c); the gradient by the student's logit is slope - s * (sum of slopes),
+// whatever c is. It is what makes slopes small: 0 where s = t, but for skew_forward_kl, whose
+// slopes without it are no larger than t.
 template <class T>
 struct Outcome {
   T value, slope, s;
+};
+
+// alpha and 1 - alpha, each rounded once.
+template <class T>
+struct Mixing {
+  T alpha, rest;
+  PAD_HD explicit Mixing(double share) : alpha(T(share)), rest(T(1.0 - share)) {}
 };
 
 // One row's constants: s = exp(a_s - shift) * inverse, and log t/s = (x_t - x_s) - log_sums.
@@ -391,11 +406,13 @@ struct OutcomeRow {
 // lies in (0, 1]: neither huge ratios nor nearly equal probabilities lose digits. `kHalf`: alpha is
 // one half, and the jsd symmetric. `larger_of(leads)` is t where the teacher leads, else s.
 template <DivergenceKind kKind, bool kHalf, class T, class Larger>
-PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, T alpha, Larger larger_of) {
+PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, const Mixing<T>& mix,
+                               Larger larger_of) {
   // Far below any probability, but finite: an entry that neither has needs no case of its own.
   const T far = T(-1e30);
   x_s = x_s < far ? far : x_s;
-  const T w = kKind == DivergenceKind::skew_reverse_kl ? T(1) - alpha : alpha;
+  const bool reverse = kKind == DivergenceKind::skew_reverse_kl;
+  const T of_t = reverse ? mix.rest : mix.alpha, of_s = reverse ? mix.alpha : mix.rest;
   const T ratio = (x_t - x_s) - row.log_sums;  // log t/s
   const bool leads = ratio >= T(0);            // the teacher has more
   const T size = leads ? ratio : -ratio;
@@ -413,7 +430,8 @@ PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, T alpha, 
     const T half = ratio == T(0) ? T(0) : (leads ? T(-0.5) : T(0.5));
     return {T(-0.5) * larger * less, s * half, s};
   }
-  const T y = kHalf ? T(0.5) * less : (leads ? T(1) - w : w) * less;
+  const T under = kHalf ? T(0.5) : (leads ? of_s : of_t);  // weight of the smaller
+  const T y = under * less;
   const T below = kHalf ? log1p_to_half(y) : log1p_of(y);  // log m/larger
   const T of_larger = -larger * below, of_smaller = -smaller * (distance + below);
   if (kHalf)
@@ -421,20 +439,20 @@ PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, T alpha, 
   const T of_student = leads ? of_smaller : of_larger;  // s log s/m
   const T of_teacher = leads ? of_larger : of_smaller;  // t log t/m
   if (kKind == DivergenceKind::jsd) {
-    const T slope = (T(1) - alpha) * of_student;
-    return {alpha * of_teacher + slope, slope, s};
+    const T slope = mix.rest * of_student;
+    return {mix.alpha * of_teacher + slope, slope, s};
   }
-  const T gap = leads ? larger * less : -larger * less;  // s - t
-  const T share = (leads ? part : T(1)) / (T(1) + y);    // s / m
+  const T gap = leads ? larger * less : -larger * less;                            // s - t
+  const T share = (leads ? part : T(1)) / ((leads ? of_t : of_s) + under * part);  // s / m
   if (kKind == DivergenceKind::skew_forward_kl)
-    return {of_teacher + (T(1) - alpha) * gap, (T(1) - alpha) * (T(1) - alpha) * gap * share, s};
-  return {of_student + (alpha - T(1)) * gap, of_student - alpha * (T(1) - alpha) * gap * share, s};
+    return {of_teacher + mix.rest * gap, -mix.rest * (leads ? larger : smaller) * share, s};
+  return {of_student - mix.rest * gap, of_student - mix.alpha * mix.rest * gap * share, s};
 }
 
 template <DivergenceKind kKind, bool kHalf = false, class T>
-PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
+PAD_HD Outcome<T> outcome_of(T a_s, T a_t, const OutcomeRow<T>& row, const Mixing<T>& mix) {
   const T x_s = a_s - row.shift_s, x_t = a_t - row.shift_t;
-  return outcome_from<kKind, kHalf>(x_s, x_t, row, alpha, [&](bool leads) {
+  return outcome_from<kKind, kHalf>(x_s, x_t, row, mix, [&](bool leads) {
     return exp_of(leads ? x_t : x_s) * (leads ? row.inverse_t : row.inverse_s);
   });
 }

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.nn import Parameter
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,6 +26,13 @@ def fail_type(name: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"{name}: expected {expected}, got {kind}")
 
 
+def _plain(value: Tensor) -> bool:
+    """Whether it is a Tensor or a Parameter, or stands for one while torch traces."""
+    kind = type(value)
+    traced = kind.__module__.startswith("torch._subclasses.")
+    return kind is Tensor or issubclass(kind, Parameter) or traced
+
+
 def check_tensor(
     name: str,
     value: Any,
@@ -38,14 +45,16 @@ def check_tensor(
     """Check that ``value`` is a plain dense tensor of the given dtypes, rank, shape and device."""
     if not isinstance(value, Tensor):
         fail_type(name, "a torch.Tensor", value)
-    if is_traceable_wrapper_subclass(value):
+    if not _plain(value):
         fail_type(
             name,
-            "a plain tensor (gather a DTensor with .full_tensor(), dequantise a quantised tensor)",
+            "a plain tensor (gather a DTensor with .full_tensor(), dequantise a quantised tensor, "
+            "take another subclass with .as_subclass(torch.Tensor))",
             value,
         )
-    if value.layout != torch.strided or value.is_quantized:
-        fail_type(name, "a dense strided tensor", f"layout {value.layout}, dtype {value.dtype}")
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        fail_type(name, "a dense strided tensor", f"{kind}, dtype {value.dtype}")
     if dtypes is not None and value.dtype not in dtypes:
         fail_type(name, "dtype " + " or ".join(str(d) for d in dtypes), value.dtype)
     if ndim is not None and value.dim() != ndim:

@@ -157,7 +157,8 @@ def linear_token_stats(
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = _call(head, labels, ignore_index, shift, cu_seqlens, plan)
     values, greedy = call.tokens([LogProb(), LogSumExp(), Entropy()], argmax=True)
-    logprob, logsumexp, entropy = (x.reshape(labels.shape) for x in values)
+    # Not by iteration: autograd allows no in-place change of one of several views made at once.
+    logprob, logsumexp, entropy = (values[i].reshape(labels.shape) for i in range(3))
     return TokenStats(logprob, logsumexp, entropy, greedy.reshape(labels.shape))
 
 

@@ -18,6 +18,10 @@ import pad_kernels as pk
 NAN, INF = math.nan, math.inf
 
 
+class Named(Tensor):
+    """A subclass that only has another name."""
+
+
 def tensors(x: Tensor, *, wrong: torch.dtype, required: bool = True) -> Values:
     """Wrong in type, layout, dtype, rank, size or device, whatever the tensor means."""
     x = x.detach()
@@ -27,7 +31,8 @@ def tensors(x: Tensor, *, wrong: torch.dtype, required: bool = True) -> Values:
         "dtype": x.to(wrong),
         "complex": x.to(torch.complex64),
         "sparse": x.to_sparse(),
-        "subclass": TwoTensor(x, x),
+        "wrapper": TwoTensor(x, x),
+        "subclass": x.as_subclass(Named),
         "meta": x.to("meta"),
         "longer": torch.cat([x, x[:1]]),
         "rank": x.unsqueeze(-1),

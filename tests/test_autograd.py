@@ -180,6 +180,19 @@ def test_unused_outputs_and_a_loss_nobody_differentiates() -> None:
     torch.testing.assert_close(alone, both)
 
 
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_one_of_the_statistics_may_change_in_place(changed: int) -> None:
+    hidden, weight, labels = make()
+    stats = pk.linear_token_stats(hidden, weight, labels)[:3]
+    factors = [3.0 if i == changed else 1.0 for i in range(3)]
+    expected = gradients(
+        sum((c * x).sum() for c, x in zip(factors, stats, strict=True)), hidden, weight
+    )
+    stats = pk.linear_token_stats(hidden, weight, labels)[:3]
+    stats[changed].mul_(3.0)
+    torch.testing.assert_close(gradients(sum(x.sum() for x in stats), hidden, weight), expected)
+
+
 # --- a second time ---
 
 

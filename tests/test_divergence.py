@@ -104,7 +104,7 @@ def test_padded_vocabularies_are_slices(kind: str) -> None:
 
 
 @every_kind
-@every_backend
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_minus_infinity(kind: str, backend: str, reduction: str) -> None:
     """Entries that one side, or both, cannot produce."""
@@ -180,6 +180,47 @@ def test_extreme_logits() -> None:
                     alpha = {"jsd": 0.5}.get(kind, 0.1)
                     exact = oracles.between(kind, alpha, logits(student), logits(teacher))
                     torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("alpha", [0.1, 0.9])
+def test_peaked_students_and_teachers(alpha: float, backend: str) -> None:
+    """Logits of the size that plain random weights give: most rows nearly certain of one token."""
+    hidden, weight, others, taught = (torch.randn(n, 123) for n in (5, 507, 5, 507))
+    student = trainable(pk.Head(hidden, weight))
+    value = pk.linear_divergence(
+        student,
+        pk.Head(others, taught),
+        kind="skew_forward_kl",
+        alpha=alpha,
+        plan=f"late:{backend}",
+    )
+
+    def dense(dtype: torch.dtype) -> list[Tensor]:
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        t = others.to(dtype) @ taught.to(dtype).t()
+        mean = oracles.between("skew_forward_kl", alpha, h @ w.t(), t).mean()
+        return [mean.detach(), *torch.autograd.grad(mean, (h, w))]
+
+    found = [value, *gradients(value, student)]
+    exact, careful = dense(torch.float64), dense(torch.float32)
+    for k, *parts in zip((2, 3, 3), found, exact, careful, strict=True):
+        oracles.assert_accurate(*parts, k=k, dtype=torch.float32)
+
+
+@every_backend
+@pytest.mark.parametrize("plan", ["early", "late"])
+def test_certain_students_have_no_gradient(plan: str, backend: str) -> None:
+    """What is less its mean is exactly 0, whatever the teachers' logits round to."""
+    student, one, two = (head(37, 8, 200, logit_scale=scale) for scale in (1e6, 1e3, 1e3))
+    student = trainable(student)
+    plan = f"{plan}:{backend}"
+    for kind in KINDS:
+        if kind != "forward_kl":  # its gradient is s - t
+            value = pk.linear_divergence(student, one, kind=kind, plan=plan)
+            assert not any(g.any() for g in gradients(value, student)), kind
+    value = pk.linear_expected_advantage(student, one, two, plan=plan)
+    assert not any(g.any() for g in gradients(value, student))
 
 
 # --- what is held, and as PyTorch users expect ---

@@ -115,6 +115,21 @@ def test_sixteen_responses(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [6, 3])
+def test_rewards_of_any_layout(kind, size, listwise_backend):
+    s, t, valid = rewards(4, 6), rewards(1, 6).expand(4, 6), torch.ones(4, 6, dtype=torch.bool)
+    options = {"kind": kind, "subset_size": size, "reduction": "none"}
+    plain = value_and_grad(lambda x: listwise_preference_loss(x, t.contiguous(), **options), s)
+    for mask in (None, valid.t().contiguous().t()):
+        ours = value_and_grad(
+            lambda x, mask=mask: listwise_preference_loss(x.t(), t, valid=mask, **options), s.t()
+        )
+        close(ours, (plain[0], plain[1].t()))
+    across = t.t().contiguous().t()
+    close(value_and_grad(lambda x: listwise_preference_loss(x, across, **options), s), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_valid_is_leaving_responses_out(kind, listwise_backend):
     s, t = rewards(4, 5), rewards(4, 5)
     valid = torch.tensor(

@@ -216,7 +216,7 @@ def test_bad_options_raise_in_the_constructor(op: str) -> None:
         (pknn.LinearDistill, {"ce_weight": torch.ones(2)}, TypeError, "ce_weight.*a number"),
         (pknn.LinearCrossEntropy, {"plan": "early", "reduction": "none"}, ValueError, "plan"),
         (pknn.LinearDistill, {"plan": "early", "reduction": "none"}, ValueError, "plan"),
-        (pknn.LinearCrossEntropy, {"label_smoothing": 1.0}, ValueError, "label_smoothing"),
+        (pknn.LinearCrossEntropy, {"label_smoothing": 1.1}, ValueError, "label_smoothing"),
         (pknn.LinearCrossEntropy, {"z_loss": -1.0}, ValueError, "z_loss"),
         (pknn.LinearLogProb, {"softcap": 0.0}, ValueError, "softcap"),
         (pknn.LinearLogProb, {"temperature": 0.0}, ValueError, "temperature"),

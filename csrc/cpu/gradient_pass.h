@@ -57,7 +57,8 @@ void kept_pair_gradient(const T* exps, const T* other, int64_t n, T constant, T 
   for (int64_t i = 0; i < n; ++i) out[i] = store<O>(exps[i] * constant + other[i] * other_constant);
 }
 
-// d of a tile of several streams: the student's share times a sum over their logits.
+// d of a tile of several streams: the student's share times a sum over their logits. The constant
+// comes last: it may be the mean of the rest, and cancel it.
 template <class T>
 struct FactorRow {
   T c0, c1, inverse;
@@ -70,17 +71,19 @@ void factor_gradient(const Z* const* streams, int64_t n, const FactorRow<T>& coe
   PAD_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const T x = load(z[0][i]) - row.shift[0];
-    T factor = row.c1 + row.q[0] * x + row.q[1] * (load(z[1][i]) - row.shift[1]);
+    T factor = row.q[0] * x + row.q[1] * (load(z[1][i]) - row.shift[1]);
     if (kStreams == 3) factor += row.q[2] * (load(z[2][i]) - row.shift[2]);
-    out[i] = store<O>(row.c0 + weighted(exp_of(x) * row.inverse, factor));
+    out[i] = store<O>(row.c0 + weighted(exp_of(x) * row.inverse, factor + row.c1));
   }
 }
 
-// d += s * factor, with the share s = exp(a - shift) * inverse
+// d += s * (factor + constant), with the share s = exp(a - shift) * inverse
 template <class T>
-void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse) {
+void add_share_times(T* d, const T* a, const T* factors, int64_t n, T shift, T inverse,
+                     T constant) {
   PAD_SIMD
-  for (int64_t i = 0; i < n; ++i) d[i] += weighted(exp_of(a[i] - shift) * inverse, factors[i]);
+  for (int64_t i = 0; i < n; ++i)
+    d[i] += weighted(exp_of(a[i] - shift) * inverse, factors[i] + constant);
 }
 
 // d += s * constant
@@ -197,6 +200,10 @@ struct GradientPlan {
     return found == 2 || found == 3 ? found : 0;
   }
   static T at(const double* column, int64_t row) { return column ? T(column[row]) : T(0); }
+  // The same of what is multiplied by something less its mean over the student's distribution.
+  T weight(const double* column, int64_t row) const {
+    return certain<T>(args.sum[0][row]) ? T(0) : at(column, row);
+  }
   T shift(int j, int64_t row) const { return shift_of(at(args.maximum[j], row)); }
   T inverse(int j, int64_t row) const { return T(inverse_of(args.sum[j][row])); }
   // Whether the gradient reads a stream.
@@ -223,10 +230,10 @@ template <class Z, class T>
 DivergenceRow<T> divergence_row(const GradientPlan<Z>& plan, int64_t row,
                                 const RowCoefficients<T>& student) {
   const GradientArgs& args = plan.args;
-  const T weight = plan.at(args.divergence_weight, row);
+  const T weight = plan.weight(args.divergence_weight, row);
   const T mean = plan.at(args.divergence_slope, row);
   return {outcome_row<T>(args.maximum, args.sum, args.divergence.teacher, row),
-          T(args.divergence.alpha), student.c0, weight, student.c1 - weight * mean};
+          Mixing<T>(args.divergence.alpha), student.c0, weight, student.c1 - weight * mean};
 }
 
 // d of one tile in full generality: every stream, every coefficient, one loop for each term.
@@ -249,13 +256,14 @@ void many_streams_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col
   else
     fill_tile(d, n, student.c0);
   if (plan.own_share) {
-    // A divergence's loop has added c1 already.
-    fill_tile(factors, n, args.divergence.teacher ? T(0) : student.c1);
+    fill_tile(factors, n, T(0));
     for (int j = 0; j < args.streams; ++j) {
-      const T q = plan.at(args.q[j], row);
+      const T q = plan.weight(args.q[j], row);
       if (q != T(0)) add_shifted(factors, a[j], n, q, plan.shift(j, row));
     }
-    add_share_times(d, a[0], factors, n, student.shift, student.inverse);
+    // A divergence's loop has added c1 already.
+    add_share_times(d, a[0], factors, n, student.shift, student.inverse,
+                    args.divergence.teacher ? T(0) : student.c1);
   }
   for (int j = 1; j < args.streams; ++j)
     if (args.p[j])
@@ -300,7 +308,7 @@ void several_gradient(const GradientPlan<Z>& plan, int64_t row, int64_t col, int
   const Z* streams[3];
   for (int j = 0; j < plan.factors; ++j) {
     streams[j] = logits(j);
-    factors.q[j] = plan.at(args.q[j], row);
+    factors.q[j] = plan.weight(args.q[j], row);
     factors.shift[j] = plan.shift(j, row);
   }
   plan.factors == 3 ? factor_gradient<3>(streams, n, factors, out)

@@ -30,24 +30,24 @@ struct OutcomeSums {
 template <DivergenceKind kKind, bool kHalf = false>
 struct Formula {
   template <class T>
-  static PAD_HD Outcome<T> of(T a_s, T a_t, const OutcomeRow<T>& row, T alpha) {
-    return outcome_of<kKind, kHalf>(a_s, a_t, row, alpha);
+  static PAD_HD Outcome<T> of(T a_s, T a_t, const OutcomeRow<T>& row, const Mixing<T>& mix) {
+    return outcome_of<kKind, kHalf>(a_s, a_t, row, mix);
   }
   // With the exponentials, which the row's inverses make probabilities.
   template <class T>
   static PAD_HD Outcome<T> given(T a_s, T a_t, T exp_s, T exp_t, const OutcomeRow<T>& row,
-                                 T alpha) {
+                                 const Mixing<T>& mix) {
     const T s = exp_s * row.inverse_s, t = exp_t * row.inverse_t;
-    return outcome_from<kKind, kHalf>(a_s - row.shift_s, a_t - row.shift_t, row, alpha,
+    return outcome_from<kKind, kHalf>(a_s - row.shift_s, a_t - row.shift_t, row, mix,
                                       [&](bool leads) { return leads ? t : s; });
   }
 };
 template <class T, class Use>
-auto by_formula(DivergenceKind kind, T alpha, Use use) {
+auto by_formula(DivergenceKind kind, const Mixing<T>& mix, Use use) {
   switch (kind) {
     case DivergenceKind::jsd:
-      return alpha == T(0.5) ? use(Formula<DivergenceKind::jsd, true>())
-                             : use(Formula<DivergenceKind::jsd>());
+      return mix.alpha == T(0.5) ? use(Formula<DivergenceKind::jsd, true>())
+                                 : use(Formula<DivergenceKind::jsd>());
     case DivergenceKind::skew_forward_kl:
       return use(Formula<DivergenceKind::skew_forward_kl>());
     case DivergenceKind::skew_reverse_kl:
@@ -58,13 +58,13 @@ auto by_formula(DivergenceKind kind, T alpha, Use use) {
 }
 
 template <class Formula, class A, class T>
-void chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& constants, T alpha,
-                    OutcomeSums* sums) {
+void chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& constants,
+                    const Mixing<T>& mix, OutcomeSums* sums) {
   const OutcomeRow<T> row = constants;
   T value = 0, slope = 0;
   PAD_SIMD_SUM(value, slope)
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row, alpha);
+    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row, mix);
     value += found.value;
     slope += found.slope;
   }
@@ -74,13 +74,13 @@ void chunk_outcomes(const A* a_s, const A* a_t, int64_t n, const OutcomeRow<T>& 
 // The same given the exponentials. The slopes take the place of the teacher's.
 template <class Formula, class A, class T>
 void chunk_kept_outcomes(const A* a_s, const A* a_t, const T* exps_s, T* exps_t, int64_t n,
-                         const OutcomeRow<T>& constants, T alpha, OutcomeSums* sums) {
+                         const OutcomeRow<T>& constants, const Mixing<T>& mix, OutcomeSums* sums) {
   const OutcomeRow<T> row = constants;
   T value = 0, slope = 0;
   PAD_SIMD_SUM(value, slope)
   for (int64_t i = 0; i < n; ++i) {
     const Outcome<T> found =
-        Formula::given(load(a_s[i]), load(a_t[i]), exps_s[i], exps_t[i], row, alpha);
+        Formula::given(load(a_s[i]), load(a_t[i]), exps_s[i], exps_t[i], row, mix);
     value += found.value;
     slope += found.slope;
     exps_t[i] = found.slope;
@@ -93,7 +93,8 @@ void chunk_kept_outcomes(const A* a_s, const A* a_t, const T* exps_s, T* exps_t,
 template <class T>
 struct DivergenceRow {
   OutcomeRow<T> outcome;
-  T alpha, c0, weight, own;
+  Mixing<T> mix;
+  T c0, weight, own;
 };
 
 // d of a tile from a divergence. `out` may be `a_s`.
@@ -103,31 +104,32 @@ void divergence_loop(const A* a_s, const A* a_t, int64_t n, const DivergenceRow<
   const DivergenceRow<T> row = coefficients;
   PAD_SIMD
   for (int64_t i = 0; i < n; ++i) {
-    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row.outcome, row.alpha);
+    const Outcome<T> found = Formula::of(load(a_s[i]), load(a_t[i]), row.outcome, row.mix);
     out[i] = store<O>(row.c0 + row.weight * found.slope + found.s * row.own);
   }
 }
 template <class O, class A, class T>
 void divergence_gradient(DivergenceKind kind, const A* a_s, const A* a_t, int64_t n,
                          const DivergenceRow<T>& row, O* out) {
-  by_formula(kind, row.alpha,
+  by_formula(kind, row.mix,
              [&](auto formula) { divergence_loop<decltype(formula)>(a_s, a_t, n, row, out); });
 }
 
 // Sums over a tile. Of `kept`, if given, it has the exponentials from `col` on.
 template <class A, class T>
 OutcomeSums outcomes_of(DivergenceKind kind, const A* a_s, const A* a_t, int64_t n,
-                        const OutcomeRow<T>& row, T alpha, Kept<T>* kept, int64_t col) {
+                        const OutcomeRow<T>& row, const Mixing<T>& mix, Kept<T>* kept,
+                        int64_t col) {
   OutcomeSums sums;
-  by_formula(kind, alpha, [&](auto formula) {
+  by_formula(kind, mix, [&](auto formula) {
     using F = decltype(formula);
     for (int64_t i = 0; i < n; i += kChunk) {
       const int64_t m = smaller(kChunk, n - i);
       if (kept)
         chunk_kept_outcomes<F>(a_s + i, a_t + i, kept->exps(0, col + i), kept->exps(1, col + i), m,
-                               row, alpha, &sums);
+                               row, mix, &sums);
       else
-        chunk_outcomes<F>(a_s + i, a_t + i, m, row, alpha, &sums);
+        chunk_outcomes<F>(a_s + i, a_t + i, m, row, mix, &sums);
     }
   });
   return sums;
@@ -139,7 +141,7 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<T>* head, int64
   const DivergenceArgs& divergence = args.divergence;
   const int stream[2] = {0, divergence.teacher};
   const OutcomeRow<T> constants = outcome_row<T>(args.maximum, args.sum, divergence.teacher, row);
-  const T alpha = T(divergence.alpha);
+  const Mixing<T> mix(divergence.alpha);
   bool raw = true;
   for (int j : stream) raw = raw && Rows<Z>::raw(args.stream[j], head[j]);
   OutcomeSums total;
@@ -154,7 +156,7 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<T>* head, int64
         tile.inverse_s *= kept->scale(0, col, T(args.maximum[0][row]));
         tile.inverse_t *= kept->scale(1, col, T(args.maximum[1][row]));
       }
-      total.add(outcomes_of(divergence.kind, z[0], z[1], n, tile, alpha, kept, col));
+      total.add(outcomes_of(divergence.kind, z[0], z[1], n, tile, mix, kept, col));
       continue;
     }
     alignas(64) T a[2][kTile];
@@ -162,7 +164,7 @@ OutcomeSums segment_outcomes(const OutcomeArgs& args, const Head<T>* head, int64
       transform_tile<T, Z>(z[k], Rows<Z>::bias(args.stream[stream[k]], col), head[stream[k]], n,
                            a[k], nullptr);
     Kept<T>* none = nullptr;
-    total.add(outcomes_of(divergence.kind, a[0], a[1], n, constants, alpha, none, col));
+    total.add(outcomes_of(divergence.kind, a[0], a[1], n, constants, mix, none, col));
   }
   return total;
 }

@@ -21,9 +21,10 @@ Part join_segments(int64_t cols, Segment segment, Join join) {
 }
 
 // Takes the means of centred moments off the gradient's coefficient.
-inline void centre(const WalkArgs& args, int64_t row) {
+template <class T>
+void centre(const WalkArgs& args, int64_t row) {
   for (int k = 0; k < args.first.moments; ++k)
-    if (args.centred[k]) {
+    if (args.centred[k] && !certain<T>(args.first.sum[0][row])) {
       const double mean = args.first.moment[k].value[row] / args.first.sum[0][row];
       args.c1[row] -= args.centred[k][row] * mean;
     }
@@ -39,7 +40,7 @@ void walk_row(const WalkArgs& args, const StatisticsPlan<Z>& first, const Gradie
       [&](int64_t begin, int64_t end) { return segment_statistics(first, row, begin, end, kept); },
       [&](Summary& into, const Summary& other) { first.merge_into(into, other); });
   write_state(first, row, whole);
-  centre(args, row);
+  centre<T>(args, row);
   if (second.value) {
     const OutcomeSums sums = join_segments<OutcomeSums>(
         second.cols,
@@ -86,7 +87,7 @@ void walk(const WalkArgs& args) {
   const int threads = args.gradient.threads;
   if (rows < 2 * kWalkRows * threads) {  // each pass shares out a row's columns, too
     statistics<Z>(args.first);
-    for (int64_t row = 0; row < rows; ++row) centre(args, row);
+    for (int64_t row = 0; row < rows; ++row) centre<T>(args, row);
     if (second.value) outcomes<Z>(second);
     return gradient<Z>(args.gradient);
   }

@@ -25,13 +25,13 @@ PAD_DEVICE OutcomeRow<float> outcome_row(const double* const* maximum, const dou
 
 // The kind asked for inside the loop over columns: around it, their arrays would be in memory.
 PAD_DEVICE Outcome<float> outcome_by_kind(DivergenceKind kind, float a_s, float a_t,
-                                          const OutcomeRow<float>& row, float alpha) {
-  if (kind == DivergenceKind::jsd) return outcome_of<DivergenceKind::jsd>(a_s, a_t, row, alpha);
+                                          const OutcomeRow<float>& row, const Mixing<float>& mix) {
+  if (kind == DivergenceKind::jsd) return outcome_of<DivergenceKind::jsd>(a_s, a_t, row, mix);
   if (kind == DivergenceKind::skew_forward_kl)
-    return outcome_of<DivergenceKind::skew_forward_kl>(a_s, a_t, row, alpha);
+    return outcome_of<DivergenceKind::skew_forward_kl>(a_s, a_t, row, mix);
   if (kind == DivergenceKind::skew_reverse_kl)
-    return outcome_of<DivergenceKind::skew_reverse_kl>(a_s, a_t, row, alpha);
-  return outcome_of<DivergenceKind::tvd>(a_s, a_t, row, alpha);
+    return outcome_of<DivergenceKind::skew_reverse_kl>(a_s, a_t, row, mix);
+  return outcome_of<DivergenceKind::tvd>(a_s, a_t, row, mix);
 }
 
 template <DivergenceKind kKind, class Z>
@@ -64,10 +64,10 @@ struct OutcomeThread {
       transform_lanes(stream(j), head, col, a[j], nullptr);
     }
     float values = 0, slopes = 0;
-    const float alpha = float(in.args.divergence.alpha);
+    const Mixing<float> mix(in.args.divergence.alpha);
     PAD_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const Outcome<float> found = outcome_of<kKind>(a[0][i], a[1][i], constants, alpha);
+      const Outcome<float> found = outcome_of<kKind>(a[0][i], a[1][i], constants, mix);
       values += found.value;
       slopes += found.slope;
     }
@@ -232,13 +232,13 @@ struct GradientThread {
     put<kCount>(out() + col, stored.of[0]);
   }
 
-  // d = c0 + s_0 (c1 + sum_j q_j x_j) + sum_j p_j s_j
+  // d = c0 + s_0 (sum_j q_j x_j + c1) + sum_j p_j s_j, c1 last: it may cancel the rest.
   template <int kCount>
   PAD_DEVICE void add_shares(const float (&a)[S][kCount], float (&d)[kCount]) const {
     const GradientArgs& args = in.args;
     float factor[kCount];
     PAD_UNROLL
-    for (int i = 0; i < kCount; ++i) factor[i] = c1;
+    for (int i = 0; i < kCount; ++i) factor[i] = 0;
     PAD_UNROLL
     for (int j = 0; j < S; ++j) {
       if (!reads(j) || !args.q[j] || q[j] == 0) continue;
@@ -247,7 +247,7 @@ struct GradientThread {
     }
     PAD_UNROLL
     for (int i = 0; i < kCount; ++i)
-      d[i] = c0 + weighted(exp_of(a[0][i] - shift[0]) * inverse[0], factor[i]);
+      d[i] = c0 + weighted(exp_of(a[0][i] - shift[0]) * inverse[0], factor[i] + c1);
     PAD_UNROLL
     for (int j = 1; j < S; ++j) {
       if (!reads(j) || !args.p[j]) continue;
@@ -270,8 +270,8 @@ struct GradientThread {
     const DivergenceArgs& divergence = in.args.divergence;
     PAD_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const Outcome<float> found =
-          outcome_by_kind(divergence.kind, a_s[i], a_t[i], constants, float(divergence.alpha));
+      const Outcome<float> found = outcome_by_kind(divergence.kind, a_s[i], a_t[i], constants,
+                                                   Mixing<float>(divergence.alpha));
       d[i] += weight * (found.slope - found.s * mean);
     }
   }

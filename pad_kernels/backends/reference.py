@@ -5,6 +5,7 @@ Never chosen automatically. It shares no code with the blocked engine but the na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,49 +45,52 @@ def _logit_sum(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]
     return logits[0].sum(-1).unsqueeze(0)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
+def _mean_ratio(over: Tensor, under: Tensor, weights: Tensor) -> Tensor:
+    """Mean of over - under, log-probs; a weight of 0 counts 0 whatever it multiplies."""
+    ratio = (over - under).masked_fill(weights == 0, 0.0)
+    return torch.where(weights == 0, 0.0, weights * ratio).sum(-1)
 
 
-def _between(kind: str, alpha: float, s: Tensor, t: Tensor) -> Tensor:
-    """A divergence between distributions [rows, outcomes], [rows]."""
+def _between(kind: str, alpha: float, log_s: Tensor, log_t: Tensor) -> Tensor:
+    """A divergence between distributions, log-probs [rows, outcomes], [rows]."""
+    s, t = log_s.exp(), log_t.exp()
     if kind == "tvd":
         return (s - t).abs().sum(-1) / 2
+    if kind == "forward_kl":
+        return _mean_ratio(log_t, log_s, t)
+    if kind == "reverse_kl":
+        return _mean_ratio(log_s, log_t, s)
+    share = 1 - alpha if kind == "skew_reverse_kl" else alpha  # of the teacher in the mixture
+    # Clamped, so that neither 0 * -inf nor the mixture of two zeros is NaN, in its gradient too.
+    log_s, log_t = log_s.clamp(min=-1e30), log_t.clamp(min=-1e30)
+    log_m = torch.logaddexp(math.log(share) + log_t, math.log1p(-share) + log_s)
+    from_t, from_s = (t * (log_t - log_m)).sum(-1), (s * (log_s - log_m)).sum(-1)
     if kind == "jsd":
-        m = alpha * t + (1 - alpha) * s
-        return alpha * _kl(t, m) + (1 - alpha) * _kl(s, m)
-    if kind == "skew_forward_kl":
-        return _kl(t, alpha * t + (1 - alpha) * s)
-    if kind == "skew_reverse_kl":
-        return _kl(s, (1 - alpha) * t + alpha * s)
-    return _kl(t, s) if kind == "forward_kl" else _kl(s, t)
+        return alpha * from_t + (1 - alpha) * from_s
+    return from_t if kind == "skew_forward_kl" else from_s
 
 
-def _mean_ratio(weights: Tensor, over: Tensor, under: Tensor) -> Tensor:
-    """Mean of log over/under; a weight of 0 counts 0 whatever it multiplies."""
-    ratio = torch.log_softmax(over, -1) - torch.log_softmax(under, -1)
-    return torch.where(weights == 0, 0.0, weights * ratio.masked_fill(weights == 0, 0.0)).sum(-1)
+def _distributions(f: Functional, logits: list[Tensor]) -> tuple[Tensor, ...]:
+    """Log-probs of the student and of the functional's teachers."""
+    return tuple(torch.log_softmax(logits[j], -1) for j in (0, *f.teachers))
 
 
 def _forward_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    teacher = logits[f.teachers[0]]
-    return _mean_ratio(torch.softmax(teacher, -1), teacher, logits[0]).unsqueeze(0)
+    return _between("forward_kl", 0.0, *_distributions(f, logits)).unsqueeze(0)
 
 
 def _reverse_kl(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    teacher = logits[f.teachers[0]]
-    return _mean_ratio(torch.softmax(logits[0], -1), logits[0], teacher).unsqueeze(0)
+    return _between("reverse_kl", 0.0, *_distributions(f, logits)).unsqueeze(0)
 
 
 def _divergence(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    s, t = (torch.softmax(logits[j], -1) for j in (0, f.teachers[0]))
     kind, alpha = getattr(f, "kind"), getattr(f, "alpha")  # noqa: B009
-    return _between(kind, alpha, s, t).unsqueeze(0)
+    return _between(kind, alpha, *_distributions(f, logits)).unsqueeze(0)
 
 
 def _advantage(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    aligned, reference = (logits[j] for j in f.teachers)
-    return _mean_ratio(torch.softmax(logits[0], -1), aligned, reference).unsqueeze(0)
+    log_s, aligned, reference = _distributions(f, logits)
+    return _mean_ratio(aligned, reference, log_s.exp()).unsqueeze(0)
 
 
 def _topk_advantage(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -94,17 +98,24 @@ def _topk_advantage(f: Functional, logits: list[Tensor], inputs: Mapping[str, Te
     return (s * inputs["advantage_values"].double()).sum(1).unsqueeze(0)
 
 
+def _log_tail(logprob: Tensor, ids: Tensor) -> Tensor:
+    """Log of the probability of all other tokens [rows, 1]; -inf without any."""
+    others = logprob.scatter(1, ids, -math.inf)
+    most = others.detach().amax(1, keepdim=True)
+    total = (others - most.clamp(min=-1e30)).exp().sum(1, keepdim=True)
+    return torch.where(total > 0, total.clamp(min=1e-300).log() + most, -math.inf)
+
+
 def _topk_divergence(f: Functional, logits: list[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    s = torch.softmax(logits[0], -1)
-    t = inputs["teacher_logprobs"].double().exp()
-    kept = s.gather(1, inputs["teacher_ids"])
-    outside = torch.ones_like(s).scatter(1, inputs["teacher_ids"], 0.0)
-    tail_s, tail_t = (s * outside).sum(1, keepdim=True), (1 - t.sum(1, keepdim=True)).clamp(min=0)
+    (log_s,), ids = _distributions(f, logits), inputs["teacher_ids"]
+    log_t = inputs["teacher_logprobs"].double()
+    tail_s = _log_tail(log_s, ids)
+    tail_t = (1 - log_t.exp().sum(1, keepdim=True)).clamp(min=0).log()
     if getattr(f, "whole"):  # noqa: B009
-        tail_s, tail_t = torch.zeros_like(tail_s), torch.zeros_like(tail_t)
+        tail_s, tail_t = (torch.full_like(tail_s, -math.inf) for _ in range(2))
     kind, alpha = getattr(f, "kind"), getattr(f, "alpha")  # noqa: B009
-    s, t = torch.cat((kept, tail_s), 1), torch.cat((t, tail_t), 1)
-    return _between(kind, alpha, s, t).unsqueeze(0)
+    log_s, log_t = torch.cat((log_s.gather(1, ids), tail_s), 1), torch.cat((log_t, tail_t), 1)
+    return _between(kind, alpha, log_s, log_t).unsqueeze(0)
 
 
 ORACLES: dict[str, Callable[[Functional, list[Tensor], Mapping[str, Tensor]], Tensor]] = {

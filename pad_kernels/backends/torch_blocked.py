@@ -156,10 +156,10 @@ def _dense(block: Block, stats: RowStats, gradient: LogitGradient) -> Tensor:
     if gradient.student is not None or gradient.moments:
         s = probability(0)
         factor = torch.zeros_like(s)
-        if gradient.student is not None:
-            factor += column(gradient.student)
         for j, q in gradient.moments.items():
             factor += column(q) * (a[j] - column(finite_or_zero(stats.maximum(j))))
+        if gradient.student is not None:  # last: a mean of the sum so far, which it may cancel
+            factor += column(gradient.student)
         dense += torch.where(s == 0, 0.0, s * factor)
     for j, p in gradient.probabilities.items():
         dense += column(p) * probability(j)

@@ -65,9 +65,18 @@ class LogitGradient:
         return found
 
     def settled(self, stats: RowStats) -> LogitGradient:
-        """The same without centred terms, their means taken from finished statistics."""
-        found = self.uncentred()
-        for moment, x in self.centred.items():
+        """The same without centred terms, their means taken from finished statistics.
+
+        Whatever is less its mean is 0 where the student is certain of one entry, and rounding
+        would be all that is left of it.
+        """
+        if not self.centred and not self.curved:
+            return self
+        certain = stats.total() == 1
+        centred = {moment: x.masked_fill(certain, 0.0) for moment, x in self.centred.items()}
+        curved = [(functional, g.masked_fill(certain, 0.0)) for functional, g in self.curved]
+        found = replace(self, centred=centred, curved=curved).uncentred()
+        for moment, x in centred.items():
             found = found + LogitGradient(student=-x * (stats[moment][0] / stats.total()))
         return found
 

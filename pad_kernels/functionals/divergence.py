@@ -32,8 +32,10 @@ class Outcome(NamedTuple):
 
     Attributes:
         value: phi(s, t); summed over outcomes this is the divergence.
-        slope: s (dphi/ds + c) with c such that it is 0 where s = t. With G its sum, the gradient
-            by the student's logit is slope - s G, whatever c is.
+        slope: s (dphi/ds + c). With G its sum, the gradient by the student's logit is slope - s G,
+            whatever c is: what makes slopes small. They are 0 where s = t, but for
+            skew_forward_kl: without c its slopes are no larger than t, with it as large as s, and
+            a certain student's would cancel.
         balance: a number c such that phi + c (s - t) is never below 0. As s and t both sum to 1,
             the sum is the same, and errors of the normalisers cancel to first order.
     """
@@ -73,7 +75,7 @@ def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcom
         slope = (1 - alpha) * _weighted(s, of_student)
         return Outcome(alpha * _weighted(t, of_teacher) + slope, slope, 0.0)
     if kind == "skew_forward_kl":
-        slope = (1 - alpha) ** 2 * (s - t) * of_student.exp()
+        slope = (alpha - 1) * t * of_student.exp()
         return Outcome(_weighted(t, of_teacher), slope, 1 - alpha)
     value = _weighted(s, of_student)
     slope = value + alpha * (1 - alpha) * (t - s) * of_student.exp()

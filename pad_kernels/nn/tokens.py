@@ -101,7 +101,7 @@ class LinearCrossEntropy(ReducedOptions, LabelOptions, HeadModule):
     def check(self) -> None:
         """Check the options."""
         super().check()
-        check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=1.0)
+        check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)
         check_number("z_loss", self.z_loss, at_least=0.0)
 
     def forward(

@@ -57,7 +57,7 @@ def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, alpha, KIND: tl.constexpr)
     share = tl.where(leads, part, 1.0) / (1.0 + y)  # s / m
     if KIND == 1:
         value = weighted(t, of_teacher) + (1.0 - alpha) * gap
-        return value, (1.0 - alpha) * (1.0 - alpha) * gap * share, s
+        return value, (alpha - 1.0) * t * share, s
     value = weighted(s, of_student)
     return value + (alpha - 1.0) * gap, value - alpha * (1.0 - alpha) * gap * share, s
 
@@ -220,19 +220,19 @@ def dense_part(
     MOMENTS: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """s_0 (student + sum_j q_j (a_j - max_j)) + sum_j p_j s_j."""
+    """s_0 (sum_j q_j (a_j - max_j) + student) + sum_j p_j s_j."""
     d = tl.zeros_like(x[0])
     weighs = STUDENT >= 0
     for j in tl.static_range(len(x)):
         weighs = weighs or MOMENTS[j] >= 0
     if weighs:
         factor = tl.zeros_like(d)
-        if STUDENT >= 0:
-            factor += c[STUDENT]
         for j in tl.static_range(len(x)):
             if MOMENTS[j] >= 0:
                 shifted = x[j] - c[SHIFTS[j]]
                 factor += c[MOMENTS[j]] * shifted
+        if STUDENT >= 0:  # last: a mean of the sum so far, which it may cancel
+            factor += c[STUDENT]
         share = tl.exp(x[0] - c[SHIFTS[0]])
         d += weighted(share * c[INVERSES[0]], factor)
     for j in tl.static_range(len(x)):
