@@ -133,11 +133,11 @@ def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | N
 
 
 def _subsets(x: Tensor, size: int, fill: float | bool) -> Tensor:
-    """Consecutive subsets of each group as rows of their own, the last one padded."""
+    """Consecutive subsets of each group as contiguous rows of their own, the last one padded."""
     missing = -x.shape[1] % size
     if missing:
         x = torch.cat([x, x.new_full((len(x), missing), fill)], 1)
-    return x.reshape(-1, size)
+    return x.reshape(-1, size).contiguous()  # arithmetic keeps the layout of a transpose
 
 
 @torch.library.custom_op("pad_kernels::listwise_preference", mutates_args=())
