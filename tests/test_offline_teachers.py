@@ -71,6 +71,18 @@ def test_accuracy(kind: str, tail: str, likely: bool, dtype: torch.dtype, backen
     check_accuracy(kind, tail, likely, dtype, f"late:{backend}")
 
 
+@every_backend
+def test_ids_of_any_layout(backend: str) -> None:
+    student, teacher = trainable(head(9, 8, 60)), head(9, 8, 60)
+    kept = pk.linear_topk(teacher.hidden, teacher.weight, 5)
+    found = []
+    for turned in (False, True):
+        offline = pk.TopKTeacher(*(x.T.contiguous().T if turned else x for x in kept))
+        value = pk.linear_divergence(student, offline, plan=f"late:{backend}")
+        found.append([value, *gradients(value, student)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @every_kind
 def test_renormalized_over_the_kept_tokens(kind: str) -> None:
     student = head(9, 8, 60, torch.float64, softcap=5.0, temperature=0.7, vocab_size=55)

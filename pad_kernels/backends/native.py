@@ -140,10 +140,6 @@ class Passes:
         like = torch.empty(0, dtype=torch.float64, device=self.device)
         return Normalizer(j).empty(self.rows, {}, like)
 
-    def _sorted(self, name: str) -> Tensor:
-        """Per-row ids, ascending."""
-        return self.stats.inputs[name].sort(dim=1).values
-
     def _moments(self, wanted: list[Statistic]) -> list[tuple[int, tuple[float, ...], int]]:
         found = []
         for s in wanted:
@@ -163,7 +159,7 @@ class Passes:
                 # The running best value is the running maximum; the pass updates a copy of it.
                 more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
             elif isinstance(s, Tail):
-                ids = self._sorted(s.ids)
+                ids = self.stats.ascending(s.ids)
                 more["tail"] = (self._pointer(ids), ids.shape[1])
                 more["tail_maximum"], more["tail_sum"] = (x.data_ptr() for x in self.stats[s])
         with self.backend.running(self.device) as where:
@@ -196,7 +192,7 @@ class Passes:
             terms.sparse = (self._pointer(sparse[0]), sparse[0].shape[1])
             terms.sparse_values = self._column(sparse[1])
         for name, value in gradient.outside.items():
-            ids, (maximum, total) = self._sorted(name), self.stats[Tail(name)]
+            ids, (maximum, total) = self.stats.ascending(name), self.stats[Tail(name)]
             terms.outside = (self._pointer(ids), ids.shape[1])
             terms.outside_maximum = self._column(maximum)
             terms.outside_value = self._column(torch.where(total == 0, 0.0, value / total))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import autotune, configs, gradient, statistics
-from pad_kernels.backends.triton.columns import Columns, ascending
+from pad_kernels.backends.triton.columns import Columns
 from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers, reach
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.workspace import Workspace
@@ -103,7 +103,7 @@ class Passes:
         tiles, splits, shape = self._split(config)
         fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
         normalizers = [self._normalizer(j) for j in used]
-        ids = ascending(self.stats, tails[0].ids) if tails else None
+        ids = self.stats.ascending(tails[0].ids) if tails else None
         parts = {
             "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
             "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
