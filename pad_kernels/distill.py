@@ -174,10 +174,9 @@ class _Parts:
 
     def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float, backend: str) -> None:
         """The divergence where k tokens are all there is, beside the pass over the vocabulary."""
-        counted, weight = self.tokens.counted, self.weights["divergence"]
-        applied = self.tokens.reduction != "none"
-        if applied and isinstance(weight, Tensor) and not weight.requires_grad:
-            counted = counted & (weight.reshape(-1) != 0)
+        counted = self.tokens.counted
+        if self.tokens.reduction != "none":
+            counted = self.tokens.used(self.weights["divergence"])
         found = self.mixture.renormalized(teacher, kind, alpha, counted, backend)
         self.beside["divergence"] = found
 
@@ -192,8 +191,7 @@ class _Parts:
         """The loss and its parts."""
 
         def weight(name: str) -> Tensor:
-            argument = "ce_weight" if name == "cross_entropy" else name + "_weight"
-            return self.tokens.weights(argument, self.weights[name], call.accumulate)
+            return self.tokens.weights(self.weights[name], call.accumulate)
 
         loss = call.student.hidden.new_zeros((), dtype=call.accumulate)
         parts: dict[str, Tensor | None] = dict.fromkeys(_SIGNS, loss)

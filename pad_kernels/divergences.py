@@ -68,11 +68,15 @@ class Tokens:
         counted = (aligned != ignore_index).reshape(-1)
         return Tokens(aligned, leading, counted, reduction, divisor)
 
-    def weights(self, name: str, given: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    def weights(self, given: float | Tensor | None, dtype: torch.dtype) -> Tensor:
         """What each token's value is multiplied by before the sum, [N]."""
-        if isinstance(given, Tensor):
-            check_weights(name, given, self.leading, self.counted.device)
         return per_token_weights(given, self.counted, self.reduction, self.divisor, dtype)
+
+    def used(self, given: float | Tensor | None) -> Tensor:
+        """The tokens whose values matter, bool [N]: a weight of 0 leaves one out."""
+        if isinstance(given, Tensor) and not given.requires_grad:
+            return self.counted & (given.reshape(-1) != 0)
+        return self.counted
 
 
 def _reduced(
@@ -85,12 +89,10 @@ def _reduced(
 ) -> Tensor:
     """The only functional of a mixture times ``factor``, per token or summed."""
     call = mixture.call(tokens.labels, ignore_index, plan)
-    if token_weights is not None:
-        check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     if tokens.reduction == "none":
         values = call.tokens(mixture.functionals)[0][0] * factor
         return _weighted(values, token_weights, tokens)
-    weights = tokens.weights("token_weights", token_weights, call.accumulate)
+    weights = tokens.weights(token_weights, call.accumulate)
     return call.total(mixture.functionals, (weights * factor).unsqueeze(0))[0]
 
 
@@ -153,6 +155,7 @@ def linear_divergence(
         tensor([0., 0., 0.])
     """
     tokens = Tokens.checked(student, labels, reduction, normalizer, ignore_index, shift, cu_seqlens)
+    check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     mix = check_kind(kind, alpha)
     if not isinstance(teacher, Head | TopKTeacher):
         fail_type("teacher", "a pad_kernels.Head or TopKTeacher", teacher)
@@ -161,13 +164,11 @@ def linear_divergence(
         call = mixture.call(tokens.labels, ignore_index, plan)  # for its checks: there is no pass
         if reduction == "none":
             call.refuse_early()
-        if token_weights is not None:
-            check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
-        values = mixture.renormalized(teacher, kind, mix, tokens.counted, call.backend)
+        counted = tokens.used(token_weights)
+        values = mixture.renormalized(teacher, kind, mix, counted, call.backend)
         if reduction == "none":
             return _weighted(values, token_weights, tokens)
-        weights = tokens.weights("token_weights", token_weights, values.dtype)
-        return (values * weights).sum()
+        return weighted(values, tokens.weights(token_weights, values.dtype)).sum()
     mixture.add_divergence(teacher, kind, mix)
     return _reduced(mixture, 1.0, tokens, token_weights, ignore_index, plan)
 
@@ -216,6 +217,7 @@ def linear_expected_advantage(
         tensor(-0.0586)
     """
     tokens = Tokens.checked(student, labels, reduction, normalizer, ignore_index, shift, cu_seqlens)
+    check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     factor = check_number("beta", beta, above=0.0)
     mixture = Mixture(student)
     mixture.add_advantage(aligned, reference)

@@ -105,6 +105,28 @@ def test_renormalized_over_the_kept_tokens(kind: str) -> None:
         assert float((a - b).norm() / b.norm()) < 1e-9
 
 
+def test_renormalized_where_the_student_has_no_mass() -> None:
+    """A forward KL is infinite there, the others are not; and a weight of 0 silences any value."""
+    bias = torch.zeros(60).index_fill(0, torch.tensor(3), -torch.inf)
+    student = trainable(replace(head(4, 8, 60), bias=bias))
+    ids = torch.tensor([[3, 7, 9]]).expand(4, 3)
+    teacher = pk.TopKTeacher(ids, torch.randn(4, 3).log_softmax(-1), "renormalize")
+    s = logits(student).gather(1, ids).log_softmax(-1).exp()
+    t = teacher.logprobs.double().exp()
+    for kind, expected in {
+        "forward_kl": torch.full((4,), torch.inf),
+        "reverse_kl": torch.special.entr(s).sum(-1).neg() - (s * t.log()).sum(-1),
+        "tvd": (s - t).abs().sum(-1) / 2,
+    }.items():
+        value = pk.linear_divergence(student, teacher, kind=kind, reduction="none")
+        torch.testing.assert_close(value.detach(), expected.float())
+    weights = torch.zeros(4)
+    for wanted in (weights, weights.clone().requires_grad_()):
+        value = pk.linear_divergence(student, teacher, token_weights=wanted, reduction="sum")
+        assert value == 0
+        assert not any(g.any() for g in gradients(value, student))
+
+
 def test_renormalized_needs_no_product_with_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -181,5 +181,6 @@ def _renormalized(
         value = (found.value + found.balance * (s.exp() - t.exp())).sum(-1).to(dtype)
         gradient = (found.slope - s.exp() * found.slope.sum(-1, keepdim=True)).to(dtype)
     # Its value is 0; what it adds is the gradient by the logits, in closed form.
-    carrier = torch.where(gradient == 0, 0.0, gradient * (logits - logits.detach())).sum(-1)
+    carries = (gradient != 0) & logits.isfinite()
+    carrier = torch.where(carries, gradient * (logits - logits.detach()), 0.0).sum(-1)
     return torch.where(counted, value + carrier, 0.0)
