@@ -169,8 +169,13 @@ class _Parts:
     beside: dict[str, Tensor] = field(default_factory=dict)
 
     def wanted(self, name: str) -> bool:
-        """Whether a part is computed if it can be."""
-        return self.tokens.reduction == "none" or not _is_zero(self.weights[name])
+        """Whether a part is computed if it can be.
+
+        Without any weight the cross-entropy is, of no token: a loss of 0 has gradients, too.
+        """
+        if self.tokens.reduction == "none" or not _is_zero(self.weights[name]):
+            return True
+        return name == "cross_entropy" and all(map(_is_zero, self.weights.values()))
 
     def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float, backend: str) -> None:
         """The divergence where k tokens are all there is, beside the pass over the vocabulary."""
