@@ -225,7 +225,7 @@ class Plan:
             self.backend,
             self.workspace_bytes,
             self.filter,
-            self.token_block,
+            self.token_block or None,  # 0 is all rows, of an op that may have two sweeps
             self.vocab_block,
             self.kept_rows,
             self.compact,
