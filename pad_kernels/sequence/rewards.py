@@ -132,7 +132,8 @@ def sequence_reward(
     if mask is not None:
         counted = counted & mask
     if labels is not None:
-        counted = counted & (labels != ignore_index)
+        # A narrow integer is compared with the index as that integer has it: 156 with -100.
+        counted = counted & (labels.to(torch.int64) != ignore_index)
     accumulate = accumulate_dtype(logprob.dtype)
     kept = torch.where(counted, logprob.to(accumulate), 0.0)
     if offsets is None:
@@ -194,4 +195,7 @@ def calibrated_rewards(
             )
     dtype = accumulate_dtype(avg_logprob.dtype)
     log_option = option_probability.to(dtype).clamp(min=lowest).log()
-    return weight * avg_logprob.to(dtype) + (1.0 - weight) * log_option
+    own = avg_logprob.to(dtype)
+    if weight == 0:  # a reward of -inf counts nothing then
+        own = own.masked_fill(own.isinf(), 0.0)
+    return weight * own + (1.0 - weight) * log_option
