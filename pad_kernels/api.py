@@ -267,7 +267,7 @@ def linear_topk(
     """
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = Call(head, plan=plan)
-    check_integer("k", k, at_least=1)
+    k = check_integer("k", k, at_least=1)
     if k > call.vocab:
         fail_value("k", f"at most the vocabulary size {call.vocab}", k)
     call.refuse_early()

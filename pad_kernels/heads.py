@@ -85,6 +85,11 @@ class Head:
     temperature: float = 1.0
     vocab_size: int | None = None
 
+    @property
+    def vocab(self) -> int:
+        """How many entries are real."""
+        return self.weight.shape[0] if self.vocab_size is None else int(self.vocab_size)
+
     def checked(
         self, prefix: str = "", *, gemm: torch.dtype | None = None, offloaded: bool = False
     ) -> HeadOptions:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bad_values import BAD, PARTNERS
@@ -115,6 +116,25 @@ def test_every_argument_has_good_and_bad_values(name: str) -> None:
         assert argument in with_it, f"{name} has a new argument {argument}: give it a good value"
         assert argument in BAD, f"{name} has a new argument {argument}: give it bad values"
         call(name, with_it)
+
+
+def _of_numpy(value: Any) -> Any:
+    """The same with every number as numpy has it."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **_of_numpy(vars(value)))
+    if isinstance(value, dict):
+        return {name: _of_numpy(x) for name, x in value.items()}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return (np.int64 if isinstance(value, int) else np.float64)(value)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_numbers_of_numpy_are_numbers(name: str) -> None:
+    values = given(name)
+    if "plan" in values and name != "explain":
+        values["plan"] = pk.PlanRequest("late", budget=1 << 28, vocab_block=64, filter=0.0)
+    call(name, _of_numpy(values))
 
 
 def _tensors(values: Values) -> Iterator[Tensor]:

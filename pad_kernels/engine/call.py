@@ -77,12 +77,11 @@ class Call:
         mixed = autocast if autocast is not None and student != torch.float64 else student
         self._mixed = mixed
         self._request = PlanRequest.of(self.plan)
-        sizes = [h.weight.shape[0] if h.vocab_size is None else h.vocab_size for h in heads]
-        for size, name in zip(sizes, names, strict=True):
-            if size != sizes[0]:
-                expected = f"{sizes[0]} like the student's (cut the longer with vocab_size)"
-                fail_value(name + "vocab_size", expected, size)
-        self.vocab = sizes[0]
+        self.vocab = self.student.vocab
+        for head, name in zip(heads, names, strict=True):
+            if head.vocab != self.vocab:
+                expected = f"{self.vocab} like the student's (cut the longer with vocab_size)"
+                fail_value(name + "vocab_size", expected, head.vocab)
 
     def _check_teacher(self, head: Head, name: str, device: torch.device) -> None:
         """Raise unless a teacher's rows match the student's and nobody wants its gradient."""
@@ -131,7 +130,7 @@ class Call:
             biased=tuple(h.bias is not None for h in (student, *self.teachers)),
             input_names=tuple(self.inputs),
             vocab=self.vocab,
-            ignore_index=self.ignore_index,
+            ignore_index=None if self.ignore_index is None else int(self.ignore_index),
             gemm=self.gemm(student.hidden.device.type),
             needs=(
                 grad and student.hidden.requires_grad,

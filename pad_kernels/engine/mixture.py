@@ -73,11 +73,6 @@ class Mixture:
         self._names.append(name + ".")
         return len(self._teachers)
 
-    @property
-    def _vocab(self) -> int:
-        size = self.student.vocab_size
-        return self.student.weight.shape[0] if size is None else size
-
     def add(self, functional: Functional) -> int:
         """Add a functional; returns the place of its value among the outputs."""
         self.functionals.append(functional)
@@ -90,7 +85,7 @@ class Mixture:
         self._check_offline(teacher, "teacher")
         self._inputs["teacher_ids"] = _flat(teacher.ids).to(torch.int64)
         self._inputs["teacher_logprobs"] = _flat(teacher.logprobs)
-        whole = teacher.ids.shape[-1] == self._vocab
+        whole = teacher.ids.shape[-1] == self.student.vocab
         return self.add(TopKDivergence(kind, alpha, whole))
 
     def renormalized(
@@ -115,7 +110,7 @@ class Mixture:
 
     def _check_offline(self, offline: TopKTeacher | TopKAdvantage, name: str) -> None:
         leading = self.student.hidden.shape[:-1]
-        offline.checked(name + ".", leading, self._vocab)
+        offline.checked(name + ".", leading, self.student.vocab)
         if offline.ids.device != self.student.hidden.device:
             expected = f"a tensor on {self.student.hidden.device}"
             fail_value(name + ".ids", expected, f"one on {offline.ids.device}")
@@ -170,8 +165,8 @@ def _renormalized(
     ids = torch.where(kept, _flat(teacher.ids).to(torch.int64), 0)
     logprobs = torch.where(kept, _flat(teacher.logprobs), 0.0)
     hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
-    size = student.weight.shape[0] if student.vocab_size is None else student.vocab_size
-    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, size, backend)
+    vocab = student.vocab
+    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, vocab, backend)
     if student.bias is not None:
         raw = raw + student.bias.to(dtype)[ids]
     logits = options.transform(raw)

@@ -126,18 +126,20 @@ class PlanRequest:
         return PlanRequest(schedule, backend)
 
     def _checked(self) -> PlanRequest:
+        """The same in Python's own numbers, as recipes are written."""
         if self.schedule is not None:
             check_choice("plan.schedule", self.schedule, SCHEDULES)
         if self.backend is not None:
             check_choice("plan.backend", self.backend, BACKENDS)
-        check_number("plan.filter", self.filter, at_least=0.0, below=1.0)
-        for name in ("budget", "token_block", "vocab_block"):
-            if getattr(self, name) is not None:
-                check_integer(f"plan.{name}", getattr(self, name), at_least=1)
-        if self.kept_rows is not None:
-            check_integer("plan.kept_rows", self.kept_rows, at_least=0)
+        least = {"budget": 1, "token_block": 1, "vocab_block": 1, "kept_rows": 0}
+        sizes = {
+            name: check_integer(f"plan.{name}", getattr(self, name), at_least=at_least)
+            for name, at_least in least.items()
+            if getattr(self, name) is not None
+        }
         check_flag("plan.compact", self.compact)
-        return self
+        share = check_number("plan.filter", self.filter, at_least=0.0, below=1.0)
+        return replace(self, filter=share, **sizes)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def linear_preference_loss(
         reduction=reduction,
     )
     check_choice("normalize", normalize, NORMALIZATIONS)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = checked_offsets(cu_seqlens, hidden.shape[0])
     if not torch.compiler.is_compiling() and teacher_rewards.device.type == "cpu":

@@ -110,7 +110,7 @@ def sequence_reward(
     """
     check_tensor("logprob", logprob, dtypes=FLOATS)
     check_choice("normalize", normalize, NORMALIZATIONS)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if logprob.dim() == 0:
         fail_value("logprob", "at least 1 dimension", "shape ()")
     shape, device = logprob.shape, logprob.device
