@@ -12,7 +12,7 @@ from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.traits import traits
 from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.devices import generation, total_memory
-from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
+from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product, pieces
 from pad_kernels.engine.inputs import muted_input
 from pad_kernels.engine.plan import ALIGNED, Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
@@ -43,10 +43,12 @@ class Stream:
             if block.dtype == gemm and block.stride(-1) == 1 and block.stride(0) >= block.shape[1]:
                 return block
             return buffer[: stop - start].copy_(block)
-        index = live[start:stop]
+        index, target = live[start:stop], buffer[: stop - start]
         if hidden.dtype == gemm:
-            return torch.index_select(hidden, 0, index, out=buffer[: stop - start])
-        return buffer[: stop - start].copy_(hidden.index_select(0, index))
+            return torch.index_select(hidden, 0, index, out=target)
+        for a, b in pieces(target):
+            target[a:b].copy_(hidden.index_select(0, index[a:b]))
+        return target
 
     def weights(self, start: int, stop: int, gemm: torch.dtype, buffer: Tensor | None) -> Tensor:
         """Weight rows start to stop [cols, H] as an operand; copied to ``buffer`` if need be."""
