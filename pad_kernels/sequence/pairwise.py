@@ -52,14 +52,14 @@ class _Pairs:
         return self.beta * (self.chosen - self.rejected)
 
 
-def _smoothed(margin: Tensor, smoothing: float) -> Tensor:
+def logistic_loss(margin: Tensor, smoothing: float) -> Tensor:
     """Logistic loss when a share ``smoothing`` of the labels is taken to be flipped."""
     loss = -F.logsigmoid(margin) * (1.0 - smoothing)
     return loss - F.logsigmoid(-margin) * smoothing if smoothing else loss
 
 
 def _dpo(p: _Pairs) -> Tensor:
-    return _smoothed(p.margin, p.smoothing)
+    return logistic_loss(p.margin, p.smoothing)
 
 
 def _hinge(p: _Pairs) -> Tensor:
@@ -104,11 +104,11 @@ def _sorted(values: Tensor) -> Tensor:
 def _aot(p: _Pairs) -> Tensor:
     # Paired: the batch's policy gaps against the reference's, quantile by quantile.
     assert isinstance(p.reference_gap, Tensor)
-    return _smoothed(p.beta * (_sorted(p.policy_gap) - _sorted(p.reference_gap)), p.smoothing)
+    return logistic_loss(p.beta * (_sorted(p.policy_gap) - _sorted(p.reference_gap)), p.smoothing)
 
 
 def _aot_unpaired(p: _Pairs) -> Tensor:
-    return _smoothed(p.beta * (_sorted(p.chosen) - _sorted(p.rejected)), p.smoothing)
+    return logistic_loss(p.beta * (_sorted(p.chosen) - _sorted(p.rejected)), p.smoothing)
 
 
 def _apo_zero(p: _Pairs) -> Tensor:
@@ -127,7 +127,7 @@ def _discopop(p: _Pairs) -> Tensor:
 
 
 def _simpo(p: _Pairs) -> Tensor:
-    return _smoothed(p.margin - p.gamma, p.smoothing)
+    return logistic_loss(p.margin - p.gamma, p.smoothing)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from pad_kernels._checks import (
     fail_type,
     fail_value,
 )
-from pad_kernels.sequence.pairwise import REDUCTIONS, PairwiseOutput, check_logprobs, reduced
+from pad_kernels.sequence.pairwise import (
+    REDUCTIONS,
+    PairwiseOutput,
+    check_logprobs,
+    logistic_loss,
+    reduced,
+)
 
 CPO_KINDS = ("sigmoid", "hinge", "ipo", "simpo")
 
@@ -167,7 +173,7 @@ def cpo_loss(
     elif kind == "ipo":
         losses = (up - down - 0.5 / scale).square()
     else:
-        losses = -F.logsigmoid(margin) * (1.0 - smoothing) - F.logsigmoid(-margin) * smoothing
+        losses = logistic_loss(margin, smoothing)
     if chosen_nll is not None:
         losses = losses + weight * _check_nll(chosen_nll, up)
     elif weight:
