@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: Of token ids, and of boundaries between sequences of them.
+IDS = (torch.int64, torch.int32)
 
 
 def fail_value(name: str, expected: str, got: object) -> NoReturn:
@@ -107,3 +109,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         fail_value(name, "one of " + ", ".join(choices), repr(value))
     return value
+
+
+def check_reduction(value: Any) -> str:
+    """Check what losses call ``reduction``."""
+    return check_choice("reduction", value, ("mean", "sum", "none"))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    IDS,
     INTEGERS,
     check_flag,
     check_integer,
@@ -31,7 +32,7 @@ def shifted_labels(labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None)
 def check_labels(
     labels: Tensor, hidden: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None
 ) -> Tensor:
-    check_tensor("labels", labels, dtypes=(torch.int64, torch.int32), device=hidden.device)
+    check_tensor("labels", labels, dtypes=IDS, device=hidden.device)
     if labels.shape != hidden.shape[:-1]:
         expected = f"hidden's leading shape {tuple(hidden.shape[:-1])}"
         fail_value("labels", expected, f"shape {tuple(labels.shape)}")
@@ -39,8 +40,7 @@ def check_labels(
     check_flag("shift", shift)
     labels = labels.to(torch.int64)
     if cu_seqlens is not None:
-        integers = (torch.int64, torch.int32)
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=integers, ndim=1, device=hidden.device)
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=IDS, ndim=1, device=hidden.device)
         if cu_seqlens.shape[0] == 0:
             fail_value("cu_seqlens", "at least one boundary", "none")
         if not shift:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
-    check_choice,
     check_flag,
     check_integer,
     check_number,
+    check_reduction,
     check_tensor,
     fail_type,
     fail_value,
@@ -20,11 +20,9 @@ from pad_kernels._checks import (
 from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
 from pad_kernels.engine.call import weighted
 from pad_kernels.engine.mixture import Mixture, check_kind
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.heads import Head
 from pad_kernels.offline import TopKAdvantage, TopKTeacher
-
-PlanLike = PlanRequest | Plan | str | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Tokens:
         hidden = check_tensor("student.hidden", student.hidden)
         if hidden.dim() == 0:
             fail_value("student.hidden", "shape [..., H]", "a 0-d tensor")
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_reduction(reduction)
         divisor = check_normalizer(normalizer, reduction, hidden.device)
         leading = hidden.shape[:-1]
         check_flag("shift", shift)

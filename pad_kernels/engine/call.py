@@ -12,7 +12,7 @@ from pad_kernels._checks import check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
 from pad_kernels._transforms import reject_transforms
 from pad_kernels.engine import ops
-from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+from pad_kernels.engine.plan import PlanLike, PlanRequest, Shape
 from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
@@ -49,7 +49,7 @@ class Call:
     teachers: Sequence[Head] = ()
     inputs: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
-    plan: PlanRequest | Plan | str | None = None
+    plan: PlanLike = None
     names: Sequence[str] = ("",)
 
     def __post_init__(self) -> None:
@@ -158,8 +158,7 @@ class Call:
 
     def refuse_early(self) -> None:
         """Raise if an early plan is asked for where the output is not one number."""
-        if self._request.schedule == "early":
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        self._request.refuse_early()
 
     def tokens(
         self, functionals: Sequence[Functional], *, argmax: bool = False

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-
 #: Entries that are gathered or cast at a time: what lies between two buffers is in no plan.
 _PIECE = 1 << 20
 

@@ -9,7 +9,7 @@ from pad_kernels._checks import check_choice, check_number, check_tensor, fail_t
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.call import Call, autocast_dtype
 from pad_kernels.engine.candidates import candidate_logits
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.functionals import Advantage, Functional, TopKDivergence
 from pad_kernels.functionals import TopKAdvantage as TopKAdvantageFunctional
 from pad_kernels.functionals.divergence import DEFAULT_ALPHA, KINDS, divergence, outcome
@@ -115,9 +115,7 @@ class Mixture:
             expected = f"a tensor on {self.student.hidden.device}"
             fail_value(name + ".ids", expected, f"one on {offline.ids.device}")
 
-    def call(
-        self, labels: Tensor | None, ignore_index: int, plan: PlanRequest | Plan | str | None
-    ) -> Call:
+    def call(self, labels: Tensor | None, ignore_index: int, plan: PlanLike) -> Call:
         """The call of the row engine; ``labels`` are aligned, [...]."""
         inputs = dict(self._inputs)
         if labels is not None:

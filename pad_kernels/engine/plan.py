@@ -95,7 +95,7 @@ class PlanRequest:
     compact: bool = True
 
     @staticmethod
-    def of(plan: PlanRequest | Plan | str | None) -> PlanRequest:
+    def of(plan: PlanLike) -> PlanRequest:
         """Read what the public ``plan=`` argument accepts, with the limit in force."""
         if plan is None:
             request = PlanRequest()
@@ -111,6 +111,11 @@ class PlanRequest:
             budget = _limit if request.budget is None else min(request.budget, _limit)
             request = replace(request, budget=budget)
         return request
+
+    def refuse_early(self) -> None:
+        """Raise if an early plan is asked for where the output is not one number."""
+        if self.schedule == "early":
+            fail_value("plan", "late or kept for per-token outputs", "'early'")
 
     @staticmethod
     def _parse(text: str) -> PlanRequest:
@@ -232,3 +237,7 @@ class Plan:
             self.kept_rows,
             self.compact,
         )
+
+
+#: What the public ``plan=`` argument accepts.
+PlanLike = PlanRequest | Plan | str | None

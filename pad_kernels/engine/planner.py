@@ -93,8 +93,8 @@ class _Candidates:
         if not any(shape.needs):
             yield from self._forward_only(wanted or "late")
             return
-        if wanted == "early" and not shape.reduced:
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        if not shape.reduced:
+            self.request.refuse_early()
         if shape.reduced and wanted in (None, "early"):
             yield from self._early_tokens()
         if wanted == "early" and torch.float16 not in (shape.input, shape.weight):

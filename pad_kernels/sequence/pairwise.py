@@ -15,13 +15,12 @@ from pad_kernels._checks import (
     FLOATS,
     check_choice,
     check_number,
+    check_reduction,
     check_tensor,
     fail_type,
     fail_value,
 )
 from pad_kernels._dtypes import accumulate_dtype
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class PairwiseOutput(NamedTuple):
@@ -287,7 +286,7 @@ def pairwise_preference_loss(
     """
     check_choice("kind", kind, KINDS)
     kind = _ALIASES.get(kind, kind)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
     _check_reference(kind, ref_chosen, ref_rejected)
     smoothing = _option(kind, "label_smoothing", label_smoothing, 0.0, at_least=0.0, below=0.5)

@@ -12,6 +12,7 @@ from pad_kernels._checks import (
     check_choice,
     check_integer,
     check_number,
+    check_reduction,
     check_tensor,
     fail_value,
 )
@@ -19,7 +20,6 @@ from pad_kernels._transforms import reject_transforms
 from pad_kernels.sequence.listwise_op import listwise_preference
 
 KINDS = ("jsd", "jsd_released", "kl", "reverse_kl", "ranking", "top1")
-REDUCTIONS = ("mean", "sum", "none")
 #: Most responses that a kind can rank exactly: 2^n sets for kl, n! rankings for jsd.
 EXACT_LIMITS = {"jsd": 8, "jsd_released": 8, "kl": 16, "reverse_kl": 16}
 _SAMPLED_KINDS = ("jsd", "jsd_released")
@@ -79,7 +79,7 @@ def check_ranking(
 ) -> Ranking:
     """Check every argument of a listwise loss but the student's rewards, before any work."""
     check_choice("kind", kind, KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
     check_tensor("teacher_rewards", teacher, dtypes=FLOATS, ndim=2)
     if teacher.shape[1] < 2:

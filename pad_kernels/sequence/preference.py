@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    IDS,
     check_choice,
     check_flag,
     check_integer,
     check_tensor,
     fail_value,
 )
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.sequence import gpu
 from pad_kernels.sequence.listwise_op import check_finite
 from pad_kernels.sequence.plackett_luce import check_ranking, listwise_preference_loss, reduced
 from pad_kernels.sequence.rewards import NORMALIZATIONS, checked_offsets, sequence_reward
 from pad_kernels.sequence.token_ops import token_listwise
-
-if TYPE_CHECKING:
-    from pad_kernels.engine.plan import Plan, PlanRequest
-
-_LABELS = (torch.int64, torch.int32)
 
 
 def _check_layout(
@@ -35,7 +30,7 @@ def _check_layout(
     check_tensor("teacher_rewards", teacher_rewards, dtypes=FLOATS, ndim=2, device=hidden.device)
     groups, n = teacher_rewards.shape
     if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=_LABELS, ndim=1, device=hidden.device)
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=IDS, ndim=1, device=hidden.device)
         if cu_seqlens.shape[0] != groups * n + 1:
             fail_value(
                 "cu_seqlens",
@@ -53,7 +48,7 @@ def _check_layout(
             f"[{groups}, {n}, T, H] or [{groups * n}, T, H] for {groups} × {n} teacher rewards",
             f"shape {tuple(hidden.shape)}",
         )
-    check_tensor("labels", labels, dtypes=_LABELS, shape=hidden.shape[:-1], device=hidden.device)
+    check_tensor("labels", labels, dtypes=IDS, shape=hidden.shape[:-1], device=hidden.device)
 
 
 def _counted_labels(
@@ -105,7 +100,7 @@ def linear_preference_loss(
     samples: int | None = None,
     seed: int | None = None,
     reduction: str = "mean",
-    plan: PlanRequest | Plan | str | None = None,
+    plan: PlanLike = None,
 ) -> Tensor:
     """The training step of Preference-Aligned Distillation, from hidden states to the loss.
 
