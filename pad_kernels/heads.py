@@ -39,6 +39,11 @@ class HeadOptions:
         temperature = check_number(prefix + "temperature", temperature, above=0.0)
         return HeadOptions(softcap, logit_scale, temperature)
 
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Scale, soft cap (0 for none) and temperature, as kernels take them."""
+        return self.logit_scale, self.softcap or 0.0, self.temperature
+
     def transform(self, raw: Tensor) -> Tensor:
         """Raw products (any shape, accumulation dtype) to logits of the same shape."""
         scaled = raw if self.logit_scale == 1.0 else raw * self.logit_scale

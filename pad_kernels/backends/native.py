@@ -21,7 +21,6 @@ from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
-    Normalizer,
     Statistic,
     Tail,
     Total,
@@ -60,16 +59,14 @@ class NativeBackend:
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
-        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
         with self.running(logits.device) as where:
-            self.module().head_transform(
-                *(self.dtypes[logits.dtype], logits.data_ptr(), logits.numel(), *options, where)
-            )
+            dtype, count = self.dtypes[logits.dtype], logits.numel()
+            self.module().head_transform(dtype, logits.data_ptr(), count, *head.numbers, where)
         return logits
 
     def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
-        if len(ours := [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]) < len(wanted):
-            others = [s for s in wanted if s not in ours]
+        ours = [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]
+        if others := [s for s in wanted if s not in ours]:
             get_backend("torch_blocked").measure(block, others)
         passes = Passes(self, block)
         for statistic in ours:
@@ -102,12 +99,12 @@ class Passes:
 
     def __init__(self, backend: NativeBackend, block: RawBlock) -> None:
         self._held: list[Tensor] = []
-        self.backend, self.device = backend, block.device
+        self.backend, self.block, self.device = backend, block, block.device
         self.stats, self.offset = block.stats, block.offset
         self.rows, self.cols = block.shape
         self.dtype = backend.dtypes[block.logits[0].dtype]
         self.streams = [self._stream(block, j) for j in range(max(block.logits) + 1)]
-        normalizers = [self._normalizer(j) for j in range(len(self.streams))]
+        normalizers = [block.normalizer(j) for j in range(len(self.streams))]
         self.maxima = [self._pointer(n[0]) for n in normalizers]
         self.sums = [self._pointer(n[1]) for n in normalizers]
 
@@ -128,17 +125,7 @@ class Passes:
             return 0, 0, 0, 1.0, 0.0, 1.0
         raw, stream = block.logits[j], block.problem.streams[j]
         shifted = 0 if stream.bias is None else stream.bias[block.offset :].data_ptr()
-        head = stream.head
-        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
-        return raw.data_ptr(), raw.stride(0), shifted, *options
-
-    def _normalizer(self, j: int) -> Tensor:
-        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
-        state = self.stats.get(Normalizer(j))
-        if state is not None:
-            return state
-        like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return Normalizer(j).empty(self.rows, {}, like)
+        return raw.data_ptr(), raw.stride(0), shifted, *stream.head.numbers
 
     def _moments(self, wanted: list[Statistic]) -> list[tuple[int, tuple[float, ...], int]]:
         found = []
@@ -157,7 +144,7 @@ class Passes:
             elif isinstance(s, Argmax):
                 more["argmax"] = self.stats[s].data_ptr()
                 # The running best value is the running maximum; the pass updates a copy of it.
-                more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
+                more["argmax_value"] = self._pointer(self.block.normalizer(0)[0].clone())
             elif isinstance(s, Tail):
                 ids = self.stats.ascending(s.ids)
                 more["tail"] = (self._pointer(ids), ids.shape[1])
