@@ -54,9 +54,9 @@ class Tokens:
         check_reduction(reduction)
         divisor = check_normalizer(normalizer, reduction, hidden.device)
         leading = hidden.shape[:-1]
-        check_flag("shift", shift)
-        check_integer("ignore_index", ignore_index)
         if labels is None:
+            check_flag("shift", shift)
+            check_integer("ignore_index", ignore_index)
             for name, given in (("shift", shift), ("cu_seqlens", cu_seqlens is not None)):
                 if given:
                     fail_type(name, "labels to go with it", "labels=None")
