@@ -92,9 +92,9 @@ class NativeBackend:
 
 
 class Passes:
-    """The passes over one block, as a module's functions take it: pointers to all of it.
+    """The passes over one block, in the pointers and numbers that a module's functions take.
 
-    Whatever had to be copied is held until the block is done with.
+    What pointers lead to is held as long as the object lives.
     """
 
     def __init__(self, backend: NativeBackend, block: RawBlock) -> None:

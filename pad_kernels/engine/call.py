@@ -149,6 +149,7 @@ class Call:
         return plan_shape(recipe, hidden, [h.weight for h in heads], reduced=reduced)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        """The ops' tensors in their order, which is that of :class:`Arguments`."""
         teachers: list[Tensor] = []
         for head in self.teachers:
             teachers += [head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight]

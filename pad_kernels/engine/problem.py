@@ -71,7 +71,7 @@ class Problem:
     weight: Tensor  # the student's whole weight, for its gradient's shape
     bias_dtype: torch.dtype | None
     muted: Tensor | None = None  # (rows,) bool, live rows that count nothing; None: there are none
-    broken: Tensor | None = None  # bool, whether an input is not what it should be; None: it is
+    broken: Tensor | None = None  # bool, whether an input is wrong; None: they have been checked
 
     @property
     def device(self) -> torch.device:
@@ -125,10 +125,10 @@ class Problem:
         return accumulate_dtype(self.streams[0].hidden.dtype)
 
     def copied_weight_buffers(self, workspace: Workspace, cols: int) -> list[Tensor | None]:
-        """A buffer for each stream whose weight cannot enter a product as it lies, where it lies.
+        """A buffer for each stream whose weight has to be copied on its way into a product.
 
-        The streams run one after the other, so one buffer serves all; those of an order are in use
-        together.
+        The streams run one after the other, so one piece of memory serves all; those of an order
+        are in use together.
         """
         gemm = self.recipe.gemm
         if self.streams[0].order is not None:

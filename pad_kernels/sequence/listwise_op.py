@@ -117,9 +117,9 @@ def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Raise for rewards that are NaN or infinite, or return which groups have some.
+    """Raise for rewards that are NaN or infinite.
 
-    The latter where looking at them would have to wait for the device.
+    On a device that this would have to wait for, return which groups have some instead, [groups].
     """
     bad = ~rewards.isfinite()
     if valid is not None:
