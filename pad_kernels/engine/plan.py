@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -137,7 +138,7 @@ class PlanRequest:
         if self.backend is not None:
             check_choice("plan.backend", self.backend, BACKENDS)
         least = {"budget": 1, "token_block": 1, "vocab_block": 1, "kept_rows": 0}
-        sizes = {
+        sizes: dict[str, Any] = {
             name: check_integer(f"plan.{name}", getattr(self, name), at_least=at_least)
             for name, at_least in least.items()
             if getattr(self, name) is not None
