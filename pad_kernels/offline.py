@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import FLOATS, IDS, check_choice, check_tensor, fail_value
+from pad_kernels._transforms import reject_transforms
 
 
 def _checked(
@@ -19,6 +20,7 @@ def _checked(
         expected = f"shape [{', '.join([*map(str, leading), 'k'])}] with k >= 1"
         fail_value(prefix + "ids", expected, f"shape {tuple(ids.shape)}")
     check_tensor(prefix + name, values, dtypes=FLOATS, shape=tuple(ids.shape), device=ids.device)
+    reject_transforms(prefix + name, values)
     if values.requires_grad and torch.is_grad_enabled():
         expected = "a tensor that does not require grad (teachers get no gradient)"
         fail_value(prefix + name, expected, "one that does")

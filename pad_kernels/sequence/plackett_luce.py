@@ -78,6 +78,7 @@ def check_ranking(
     reduction: str,
 ) -> Ranking:
     """Check every argument of a listwise loss but the student's rewards, before any work."""
+    reject_transforms("teacher_rewards", teacher)
     check_choice("kind", kind, KINDS)
     check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
@@ -170,7 +171,7 @@ def listwise_preference_estimate(
         >>> bool(estimate.standard_error < 0.01)
         True
     """
-    reject_transforms("listwise_preference_loss", student_rewards, teacher_rewards)
+    reject_transforms("student_rewards", student_rewards)
     student = check_tensor("student_rewards", student_rewards, dtypes=FLOATS, ndim=2)
     if student.shape[1] < 2:
         fail_value("student_rewards", "at least 2 responses in a group", tuple(student.shape))

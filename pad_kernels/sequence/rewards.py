@@ -15,6 +15,7 @@ from pad_kernels._checks import (
     fail_value,
 )
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._transforms import reject_transforms
 from pad_kernels.sequence import gpu
 from pad_kernels.sequence.token_ops import token_rewards
 
@@ -58,6 +59,7 @@ def _rewards_on_gpu(
     mean: bool,
 ) -> Tensor:
     """The same by one kernel, sequences [..., T] side by side."""
+    reject_transforms("logprob", logprob)
     shape = logprob.shape
     if offsets is None:
         logprob = logprob.reshape(shape[:-1].numel(), shape[-1])
