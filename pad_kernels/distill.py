@@ -133,10 +133,8 @@ def linear_distill(
     if reduction == "none":
         return DistillOutput(None, *parts.per_token(call))
     loss, found = parts.summed(call)
-    for name, absent in (("divergence", teacher is None), ("advantage", aligned is None)):
-        if absent:
-            found[name] = None
-    return DistillOutput(loss, *found.values())
+    absent = {"divergence": teacher is None, "advantage": aligned is None}
+    return DistillOutput(loss, *[None if absent.get(n) else x for n, x in found.items()])
 
 
 def _check_given(
@@ -193,14 +191,16 @@ class _Parts:
         shaped = {n: x.reshape(self.tokens.leading) for n, x in (found | self.beside).items()}
         return [shaped.get(name) for name in _SIGNS]
 
-    def summed(self, call: Call) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def summed(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts."""
 
         def weight(name: str) -> Tensor:
             return self.tokens.weights(self.weights[name], call.accumulate)
 
-        loss = call.student.hidden.new_zeros((), dtype=call.accumulate)
-        parts: dict[str, Tensor | None] = dict.fromkeys(_SIGNS, loss)
+        def zero() -> Tensor:
+            return call.student.hidden.new_zeros((), dtype=call.accumulate)
+
+        loss, parts = zero(), {name: zero() for name in _SIGNS}
         if self.places:
             rows = [weight(n) * (_SIGNS[n] * factor) for n, (_, factor) in self.places.items()]
             loss, summands = call.total(self.mixture.functionals, torch.stack(rows))

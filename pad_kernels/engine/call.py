@@ -53,35 +53,39 @@ class Call:
     names: Sequence[str] = ("",)
 
     def __post_init__(self) -> None:
-        names = list(self.names)
+        heads, names = [self.student, *self.teachers], list(self.names)
         device = check_tensor(names[0] + "hidden", self.student.hidden).device
         autocast = autocast_dtype(device)
-        heads = [self.student, *self.teachers]
         self._options = [
             h.checked(n, gemm=autocast, offloaded=j > 0)
             for j, (h, n) in enumerate(zip(heads, names, strict=True))
         ]
         for head, name in zip(self.teachers, names[1:], strict=True):
             self._check_teacher(head, name, device)
-        double = self.student.hidden.dtype == torch.float64
         for head, name in zip(heads, names, strict=True):
-            for field_name, x in (("hidden", head.hidden), ("weight", head.weight)):
-                if (x.dtype == torch.float64) != double:
-                    expected = "float64 like the other inputs, or none of them in it"
-                    fail_type(name + field_name, expected, x.dtype)
-        for head, name in zip(heads, names, strict=True):
-            # The ops would take a tensor with a tangent for a constant.
-            for field_name in ("hidden", "weight", "bias"):
-                reject_transforms(name + field_name, getattr(head, field_name))
+            self._check_alike(head, name)
         student = self.student.hidden.dtype
-        mixed = autocast if autocast is not None and student != torch.float64 else student
-        self._mixed = mixed
+        self._mixed = student if autocast is None or student == torch.float64 else autocast
         self._request = PlanRequest.of(self.plan)
-        self.vocab = self.student.vocab
-        for head, name in zip(heads, names, strict=True):
-            if head.vocab != self.vocab:
-                expected = f"{self.vocab} like the student's (cut the longer with vocab_size)"
-                fail_value(name + "vocab_size", expected, head.vocab)
+
+    @property
+    def vocab(self) -> int:
+        """Real entries, as many of every head."""
+        return self.student.vocab
+
+    def _check_alike(self, head: Head, name: str) -> None:
+        """Raise unless a head is of the student's precision and vocabulary, and a plain one."""
+        double = self.student.hidden.dtype == torch.float64
+        for field_name, x in (("hidden", head.hidden), ("weight", head.weight)):
+            if (x.dtype == torch.float64) != double:
+                expected = "float64 like the other inputs, or none of them in it"
+                fail_type(name + field_name, expected, x.dtype)
+        for field_name in ("hidden", "weight", "bias"):
+            # The ops would take a tensor with a tangent for a constant.
+            reject_transforms(name + field_name, getattr(head, field_name))
+        if head.vocab != self.vocab:
+            expected = f"{self.vocab} like the student's (cut the longer with vocab_size)"
+            fail_value(name + "vocab_size", expected, head.vocab)
 
     def _check_teacher(self, head: Head, name: str, device: torch.device) -> None:
         """Raise unless a teacher's rows match the student's and nobody wants its gradient."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -157,16 +159,16 @@ def linear_preference_loss(
     from pad_kernels.api import linear_logprob  # api is above this module
 
     _check_layout(hidden, labels, teacher_rewards, cu_seqlens)
-    ranking = check_ranking(
-        teacher_rewards,
-        beta=beta,
-        kind=kind,
-        valid=valid,
-        subset_size=subset_size,
-        samples=samples,
-        seed=seed,
-        reduction=reduction,
-    )
+    options: dict[str, Any] = {
+        "beta": beta,
+        "kind": kind,
+        "valid": valid,
+        "subset_size": subset_size,
+        "samples": samples,
+        "seed": seed,
+        "reduction": reduction,
+    }
+    ranking = check_ranking(teacher_rewards, **options)
     check_choice("normalize", normalize, NORMALIZATIONS)
     ignore_index = check_integer("ignore_index", ignore_index)
     if cu_seqlens is not None:
@@ -208,14 +210,5 @@ def linear_preference_loss(
         normalize=normalize,
         ignore_index=ignore_index,
     )
-    return listwise_preference_loss(
-        rewards.view(teacher_rewards.shape),
-        teacher_rewards,
-        beta=beta,
-        kind=kind,
-        valid=valid,
-        subset_size=subset_size,
-        samples=samples,
-        seed=seed,
-        reduction=reduction,
-    )
+    rewards = rewards.view(teacher_rewards.shape)
+    return listwise_preference_loss(rewards, teacher_rewards, **options)
