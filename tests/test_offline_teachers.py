@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.engine.candidates import candidate_logits
+from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.divergence import KINDS
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
@@ -137,6 +138,16 @@ def test_renormalized_needs_no_product_with_the_vocabulary(
     assert not probe.plans
     touched = student.weight.grad.abs().sum(1) > 0
     assert touched.nonzero().squeeze(1).tolist() == list(range(27))
+
+
+def test_renormalized_adds_up_the_rows_that_it_meets() -> None:
+    """In float32 where the weight is half precision, and no more than those."""
+    student = trainable(head(9, 8, 5000, torch.bfloat16))
+    ids = torch.arange(27).reshape(9, 3) % 7
+    kept = pk.TopKTeacher(ids, torch.full((9, 3), -1.2), "renormalize")
+    account.reset()
+    pk.linear_divergence(student, kept).backward()
+    assert account.high_water == 7 * 8 * 4
 
 
 def test_offline_advantage() -> None:
