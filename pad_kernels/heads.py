@@ -91,6 +91,11 @@ class Head:
     vocab_size: int | None = None
 
     @property
+    def rows(self) -> Tensor:
+        """The hidden states [N, H]."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])
+
+    @property
     def vocab(self) -> int:
         """How many entries are real."""
         return self.weight.shape[0] if self.vocab_size is None else int(self.vocab_size)

@@ -113,11 +113,6 @@ class Call:
         return gemm_dtype(self._mixed, device)
 
     @property
-    def rows(self) -> Tensor:
-        """The student's hidden states as [N, H]."""
-        return self.student.hidden.reshape(-1, self.student.hidden.shape[-1])
-
-    @property
     def accumulate(self) -> torch.dtype:
         """Dtype of the values."""
         return accumulate_dtype(self.student.hidden.dtype)
@@ -149,17 +144,17 @@ class Call:
     def shape(self, recipe: Recipe, *, reduced: bool) -> Shape:
         """What the planner would see."""
         heads = [self.student, *self.teachers]
-        hidden = [h.hidden.reshape(-1, h.hidden.shape[-1]) for h in heads]
-        return plan_shape(recipe, hidden, [h.weight for h in heads], reduced=reduced)
+        weights = [h.weight for h in heads]
+        return plan_shape(recipe, [h.rows for h in heads], weights, reduced=reduced)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor]]:
         """The ops' tensors in their order, which is that of :class:`Arguments`."""
         teachers: list[Tensor] = []
         for head in self.teachers:
-            teachers += [head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight]
+            teachers += [head.rows, head.weight]
             teachers += [] if head.bias is None else [head.bias]
         student = self.student
-        return self.rows, student.weight, student.bias, list(self.inputs.values()), teachers
+        return student.rows, student.weight, student.bias, list(self.inputs.values()), teachers
 
     def refuse_early(self) -> None:
         """Raise if an early plan is asked for where the output is not one number."""

@@ -162,9 +162,8 @@ def _renormalized(
     kept = counted.unsqueeze(1)
     ids = torch.where(kept, _flat(teacher.ids).to(torch.int64), 0)
     logprobs = torch.where(kept, _flat(teacher.logprobs), 0.0)
-    hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
-    vocab = student.vocab
-    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, vocab, backend)
+    hidden, weight, vocab = student.rows, student.weight, student.vocab
+    raw = candidate_logits(hidden, weight, ids, logprobs, counted, vocab, backend)
     if student.bias is not None:
         raw = raw + student.bias.to(dtype)[ids]
     logits = options.transform(raw)

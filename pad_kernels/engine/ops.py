@@ -75,7 +75,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from the upstream gradient of the values, [outputs, N]."""
     stats = schedule.unpack_stats(problem, packed)
-    upstream = problem.weights(grad.to(problem.accumulate))
+    upstream = problem.factors(grad.to(problem.accumulate))
     with problem.workspace(plan) as workspace:
         if plan.ordered:
             problem = ordered(problem, workspace)
@@ -271,7 +271,7 @@ def _weighted(values: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
-    weights = problem.weights(coefficients)
+    weights = problem.factors(coefficients)
     stats = None
     if plan.gradient_over == "vocabulary":
         with problem.workspace(plan) as workspace:

@@ -93,8 +93,8 @@ class Problem:
             return x
         return x.new_full((x.shape[0], self.tokens), missing).index_copy_(1, self.live, x)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Factors [k, N] of the live rows' values, 0 where a row counts nothing."""
+    def factors(self, x: Tensor) -> Tensor:
+        """Factors [k, N] as those of the live rows' values, 0 where a row counts nothing."""
         x = self.gather(x)
         return x if self.muted is None else x.masked_fill(self.muted, 0)
 
