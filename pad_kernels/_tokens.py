@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,12 @@ from pad_kernels._checks import (
     check_flag,
     check_integer,
     check_number,
+    check_reduction,
     check_tensor,
+    fail_type,
     fail_value,
 )
+from pad_kernels.heads import Head
 from pad_kernels.sequence.rewards import checked_offsets
 
 
@@ -112,3 +117,55 @@ def per_token_weights(
         # Where, not only division: no tokens and a normaliser of 0 make a mean of 0.
         found = torch.where(counted, found / divisor, 0.0)
     return found
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which rows count and what their values are multiplied by."""
+
+    labels: Tensor | None  # aligned, [...]
+    leading: torch.Size
+    counted: Tensor  # bool [N]
+    reduction: str
+    divisor: float | Tensor | None
+
+    @staticmethod
+    def checked(
+        student: Head,
+        labels: Tensor | None,
+        reduction: str,
+        normalizer: float | Tensor | None,
+        ignore_index: int,
+        shift: bool,
+        cu_seqlens: Tensor | None,
+    ) -> Tokens:
+        """Check what all ops against teachers have in common."""
+        if not isinstance(student, Head):
+            fail_type("student", "a pad_kernels.Head", student)
+        hidden = check_tensor("student.hidden", student.hidden)
+        if hidden.dim() == 0:
+            fail_value("student.hidden", "shape [..., H]", "a 0-d tensor")
+        check_reduction(reduction)
+        divisor = check_normalizer(normalizer, reduction, hidden.device)
+        leading = hidden.shape[:-1]
+        if labels is None:
+            check_flag("shift", shift)
+            check_integer("ignore_index", ignore_index)
+            for name, given in (("shift", shift), ("cu_seqlens", cu_seqlens is not None)):
+                if given:
+                    fail_type(name, "labels to go with it", "labels=None")
+            counted = torch.ones(leading.numel(), dtype=torch.bool, device=hidden.device)
+            return Tokens(None, leading, counted, reduction, divisor)
+        aligned = check_labels(labels, hidden, ignore_index, shift, cu_seqlens)
+        counted = (aligned != ignore_index).reshape(-1)
+        return Tokens(aligned, leading, counted, reduction, divisor)
+
+    def weights(self, given: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What each token's value is multiplied by before the sum, [N]."""
+        return per_token_weights(given, self.counted, self.reduction, self.divisor, dtype)
+
+    def used(self, given: float | Tensor | None) -> Tensor:
+        """The tokens whose values matter, bool [N]: a weight of 0 leaves one out."""
+        if isinstance(given, Tensor) and not given.requires_grad:
+            return self.counted & (given.reshape(-1) != 0)
+        return self.counted

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import check_number, check_tensor, fail_type
-from pad_kernels._tokens import check_weights
-from pad_kernels.divergences import Tokens
+from pad_kernels._tokens import Tokens, check_weights
 from pad_kernels.engine.call import Call, weighted
 from pad_kernels.engine.mixture import Mixture, check_kind, check_pair
 from pad_kernels.engine.plan import PlanLike

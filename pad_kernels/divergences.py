@@ -2,79 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import (
-    FLOATS,
-    check_flag,
-    check_integer,
-    check_number,
-    check_reduction,
-    check_tensor,
-    fail_type,
-    fail_value,
-)
-from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
+from pad_kernels._checks import FLOATS, check_number, check_tensor, fail_type
+from pad_kernels._tokens import Tokens, check_weights
 from pad_kernels.engine.call import weighted
 from pad_kernels.engine.mixture import Mixture, check_kind
 from pad_kernels.engine.plan import PlanLike
 from pad_kernels.heads import Head
 from pad_kernels.offline import TopKAdvantage, TopKTeacher
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which rows count and what their values are multiplied by."""
-
-    labels: Tensor | None  # aligned, [...]
-    leading: torch.Size
-    counted: Tensor  # bool [N]
-    reduction: str
-    divisor: float | Tensor | None
-
-    @staticmethod
-    def checked(
-        student: Head,
-        labels: Tensor | None,
-        reduction: str,
-        normalizer: float | Tensor | None,
-        ignore_index: int,
-        shift: bool,
-        cu_seqlens: Tensor | None,
-    ) -> Tokens:
-        """Check what all ops against teachers have in common."""
-        if not isinstance(student, Head):
-            fail_type("student", "a pad_kernels.Head", student)
-        hidden = check_tensor("student.hidden", student.hidden)
-        if hidden.dim() == 0:
-            fail_value("student.hidden", "shape [..., H]", "a 0-d tensor")
-        check_reduction(reduction)
-        divisor = check_normalizer(normalizer, reduction, hidden.device)
-        leading = hidden.shape[:-1]
-        if labels is None:
-            check_flag("shift", shift)
-            check_integer("ignore_index", ignore_index)
-            for name, given in (("shift", shift), ("cu_seqlens", cu_seqlens is not None)):
-                if given:
-                    fail_type(name, "labels to go with it", "labels=None")
-            counted = torch.ones(leading.numel(), dtype=torch.bool, device=hidden.device)
-            return Tokens(None, leading, counted, reduction, divisor)
-        aligned = check_labels(labels, hidden, ignore_index, shift, cu_seqlens)
-        counted = (aligned != ignore_index).reshape(-1)
-        return Tokens(aligned, leading, counted, reduction, divisor)
-
-    def weights(self, given: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What each token's value is multiplied by before the sum, [N]."""
-        return per_token_weights(given, self.counted, self.reduction, self.divisor, dtype)
-
-    def used(self, given: float | Tensor | None) -> Tensor:
-        """The tokens whose values matter, bool [N]: a weight of 0 leaves one out."""
-        if isinstance(given, Tensor) and not given.requires_grad:
-            return self.counted & (given.reshape(-1) != 0)
-        return self.counted
 
 
 def _reduced(

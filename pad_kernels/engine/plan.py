@@ -77,9 +77,9 @@ class PlanRequest:
         filter: skip tiles of the logit gradient whose largest entry is below this fraction of the
             largest per-token weight; 0 is exact. Each entry of the logit gradient is then
             off by at most ``filter`` times that weight.
-        token_block: rows of a token block.
-        vocab_block: entries of a vocabulary chunk.
-        kept_rows: rows that keep their logits between forward and backward.
+        token_block: rows of a token block, where the schedule has them.
+        vocab_block: entries of a vocabulary chunk, likewise.
+        kept_rows: rows that keep their logits between forward and backward, if it is "kept".
         compact: leave out rows that do not count (ignored labels, weights of 0) and a teacher's
             rows that have no use for it. False computes them all, so that nobody waits for a GPU
             to tell them apart: a wrong label there makes the output NaN instead of an error. A CUDA
