@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_choice, check_number, check_tensor, fail_type, fail_value
+from pad_kernels._checks import check_choice, check_number, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.call import Call, autocast_dtype
 from pad_kernels.engine.candidates import candidate_logits
@@ -49,25 +49,21 @@ class Mixture:
 
     Args:
         student: the head that may want gradients.
-        name: what it is called in messages.
     """
 
-    def __init__(self, student: Head, name: str = "student") -> None:
-        if not isinstance(student, Head):
-            fail_type(name, "a pad_kernels.Head", student)
-        device = check_tensor(name + ".hidden", student.hidden).device
+    def __init__(self, student: Head) -> None:
         # First of all: what is offline is checked against the student's shapes.
-        self._options = student.checked(name + ".", gemm=autocast_dtype(device))
+        self._options = student.checked("student.", gemm=autocast_dtype(student.hidden.device))
         self.student = student
         self._teachers: list[Head] = []
-        self._names = [name + "."]
+        self._names = ["student."]
         self._inputs: dict[str, Tensor] = {}
         self.functionals: list[Functional] = []
 
     def _stream(self, head: Head, name: str) -> int:
         """The number of a teacher's stream; the same head twice is one stream."""
         for j, known in enumerate(self._teachers, 1):
-            if known is head or _same(known, head):
+            if _same(known, head):
                 return j
         self._teachers.append(head)
         self._names.append(name + ".")
