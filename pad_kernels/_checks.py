@@ -59,6 +59,13 @@ def check_tensor(
     return value
 
 
+def check_constant(name: str, value: Tensor) -> None:
+    """Check that nobody waits for a gradient that the tensor would not get."""
+    if value.requires_grad and torch.is_grad_enabled():
+        expected = "a tensor that does not require grad (detach it: it gets no gradient)"
+        fail_value(name, expected, "one that does")
+
+
 def check_number(
     name: str,
     value: Any,

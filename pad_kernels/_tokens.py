@@ -11,6 +11,7 @@ from pad_kernels._checks import (
     FLOATS,
     IDS,
     INTEGERS,
+    check_constant,
     check_flag,
     check_integer,
     check_number,
@@ -81,8 +82,7 @@ def check_normalizer(
         # A 0-d tensor on the CPU goes with tensors anywhere.
         on = normalizer.device if normalizer.device.type == "cpu" else device
         check_tensor("normalizer", normalizer, dtypes=(*FLOATS, *INTEGERS), ndim=0, device=on)
-        if normalizer.requires_grad:
-            fail_value("normalizer", "a tensor that does not require grad", "one that does")
+        check_constant("normalizer", normalizer)
         if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
             # 0 is what a trainer counts in a batch without tokens, whose mean is 0.
             check_number("normalizer", normalizer.item(), at_least=0.0)

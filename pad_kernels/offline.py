@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import FLOATS, IDS, check_choice, check_tensor, fail_value
+from pad_kernels._checks import FLOATS, IDS, check_choice, check_constant, check_tensor, fail_value
 from pad_kernels._transforms import reject_transforms
 
 
@@ -21,9 +21,7 @@ def _checked(
         fail_value(prefix + "ids", expected, f"shape {tuple(ids.shape)}")
     check_tensor(prefix + name, values, dtypes=FLOATS, shape=tuple(ids.shape), device=ids.device)
     reject_transforms(prefix + name, values)
-    if values.requires_grad and torch.is_grad_enabled():
-        expected = "a tensor that does not require grad (teachers get no gradient)"
-        fail_value(prefix + name, expected, "one that does")
+    check_constant(prefix + name, values)
     if ids.shape[-1] > vocab:
         expected = f"at most {vocab} ids a row, the vocabulary size"
         fail_value(prefix + "ids", expected, ids.shape[-1])

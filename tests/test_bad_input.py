@@ -349,6 +349,24 @@ def test_weights_are_checked_whatever_the_reduction(weight: str, reduction: str)
     refused("linear_distill", {**values, f"{weight}_weight": torch.rand(9)}, f"{weight}_weight")
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("pairwise_preference_loss", "ref_chosen"),
+        ("listwise_preference_loss", "teacher_rewards"),
+        ("linear_preference_loss", "teacher_rewards"),
+    ],
+)
+def test_where_nothing_is_differentiated_a_teacher_may_require_grad(
+    name: str, argument: str
+) -> None:
+    values = given(name)
+    values[argument].requires_grad_()
+    refused(name, values, argument)
+    with torch.no_grad():
+        call(name, values)
+
+
 @pytest.mark.parametrize("plan", ["reference", "late", "kept", "early"])
 @pytest.mark.parametrize("field", ["ids", "logprobs", "values"])
 def test_offline_values_are_checked_under_every_plan(field: str, plan: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_tensor, fail_type, fail_value
+from pad_kernels._checks import check_constant, check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
 from pad_kernels._transforms import reject_transforms
 from pad_kernels.engine import ops
@@ -95,13 +95,8 @@ class Call:
         if head.hidden.device != device:
             fail_value(name + "hidden", f"a tensor on {device}", f"one on {head.hidden.device}")
         for field_name in ("hidden", "weight", "bias"):
-            tensor = getattr(head, field_name)
-            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-                fail_value(
-                    name + field_name,
-                    "a tensor that does not require grad (detach it: teachers get no gradient)",
-                    "one that does",
-                )
+            if (tensor := getattr(head, field_name)) is not None:
+                check_constant(name + field_name, tensor)
 
     @property
     def backend(self) -> str:

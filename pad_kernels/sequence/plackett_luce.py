@@ -10,6 +10,7 @@ from torch import Tensor
 from pad_kernels._checks import (
     FLOATS,
     check_choice,
+    check_constant,
     check_integer,
     check_number,
     check_reduction,
@@ -85,8 +86,7 @@ def check_ranking(
     check_tensor("teacher_rewards", teacher, dtypes=FLOATS, ndim=2)
     if teacher.shape[1] < 2:
         fail_value("teacher_rewards", "at least 2 responses in a group", tuple(teacher.shape))
-    if teacher.requires_grad:
-        fail_value("teacher_rewards", "a tensor that does not require grad", "one that does")
+    check_constant("teacher_rewards", teacher)
     if valid is not None:
         shape, device = teacher.shape, teacher.device
         check_tensor("valid", valid, dtypes=(torch.bool,), shape=shape, device=device)
