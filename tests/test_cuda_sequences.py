@@ -67,6 +67,15 @@ def test_listwise_losses(kernels: Any, kind: str, n: int, spread: float) -> None
         close(gradient / nats[:, None], gradient_wanted / nats[:, None])
 
 
+@pytest.mark.parametrize("leading", [(0, 3), (0,)], ids=str)
+def test_no_groups(kernels: Any, leading: tuple[int, ...]) -> None:
+    hidden = torch.randn(*leading, 2, 4, requires_grad=True)
+    labels, teacher = torch.zeros(*leading, 2).long(), torch.zeros(0, 3)
+    loss = pk.linear_preference_loss(hidden, torch.randn(5, 4), labels, teacher, beta=1.0)
+    loss.backward()
+    assert loss == 0 and hidden.grad is not None
+
+
 def test_tangents_raise(kernels: Any) -> None:
     hidden, weight, labels = torch.randn(2, 3, 2, 4), torch.randn(5, 4), torch.ones(2, 3, 2).long()
     teacher, logprob = torch.randn(2, 3), -torch.rand(2, 3)

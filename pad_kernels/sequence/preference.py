@@ -191,13 +191,12 @@ def linear_preference_loss(
         plan=plan,
     )
     if kind in gpu.KINDS and samples is None and gpu.usable(logprob):
-        groups, n = teacher_rewards.shape
         packed = cu_seqlens is not None
         loss, _, _ = token_listwise(
-            logprob if packed else logprob.reshape(groups * n, -1),
+            logprob if packed else logprob.flatten(0, -2),
             teacher_rewards,
             cu_seqlens,
-            counted if packed else counted.reshape(groups * n, -1),
+            counted if packed else counted.flatten(0, -2),
             valid,
             *(kind, ranking.beta, ranking.subset_size, ignore_index, normalize == "length"),
             torch.is_grad_enabled() and logprob.requires_grad,
