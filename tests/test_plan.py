@@ -324,6 +324,16 @@ def test_limits_nest_and_are_restored() -> None:
     assert budget() is None
 
 
+def test_limits_of_threads_need_not_end_in_turn() -> None:
+    first, second = pk.workspace_limit(1000), pk.workspace_limit(500)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert pk.PlanRequest.of(None).budget == 500
+    second.__exit__(None, None, None)
+    assert pk.PlanRequest.of(None).budget is None
+
+
 # --- explain ---
 
 

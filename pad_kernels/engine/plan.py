@@ -24,7 +24,9 @@ BACKENDS = ("reference", "torch_blocked", "cpp", "triton", "cuda")
 #: Entries: a multiple of them is a multiple of 16 bytes in every dtype.
 ALIGNED = 16
 
-_limit: int | None = None
+#: Of the ``workspace_limit`` blocks that are open, in the order they were entered: a list each, so
+#: that those of several threads, which need not end in turn, are told apart.
+_limits: list[list[int]] = []
 
 
 def padded(cols: int) -> int:
@@ -46,7 +48,7 @@ def row_pitch(cols: int, device_bytes: int) -> int:
 
 @contextmanager
 def workspace_limit(limit: int) -> Iterator[None]:
-    """Bound the workspace of every op called inside the ``with`` block.
+    """Bound the workspace of every op called inside the ``with`` block, by whatever thread.
 
     Args:
         limit: bytes. An op that cannot do with so little raises and names the smallest limit.
@@ -57,12 +59,12 @@ def workspace_limit(limit: int) -> Iterator[None]:
         ...     loss = pk.linear_cross_entropy(
         ...         torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4]))
     """
-    global _limit
-    before, _limit = _limit, check_integer("limit", limit, at_least=1)
+    own = [check_integer("limit", limit, at_least=1)]
+    _limits.append(own)
     try:
         yield
     finally:
-        _limit = before
+        _limits[:] = [x for x in _limits if x is not own]
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ class PlanRequest:
             request = plan._checked()
         else:
             fail_type("plan", "None, a string, a PlanRequest or a Plan", plan)
-        if _limit is not None:
-            budget = _limit if request.budget is None else min(request.budget, _limit)
+        if _limits:
+            limit = _limits[-1][0]
+            budget = limit if request.budget is None else min(request.budget, limit)
             request = replace(request, budget=budget)
         return request
 
