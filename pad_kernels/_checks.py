@@ -78,7 +78,10 @@ def check_number(
     """Check that ``value`` is a finite real number (no bool) within the bounds; return a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail_type(name, "a number", value)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
     if not math.isfinite(number):
         fail_value(name, "a finite number", value)
     bounds = (
@@ -94,12 +97,15 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """Check that ``value`` is an integer (no bool), at least ``at_least``."""
+    """Check that ``value`` is an integer (no bool) of 64 bits, at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         fail_type(name, "an integer", value)
     if at_least is not None and value < at_least:
         fail_value(name, f"an integer >= {at_least}", value)
-    return int(value)
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        fail_value(name, "an integer of 64 bits", value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:

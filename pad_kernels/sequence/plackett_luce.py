@@ -101,8 +101,6 @@ def check_ranking(
 def _seed_tensor(samples: int | None, seed: int | None) -> Tensor | None:
     if seed is not None:
         check_integer("seed", seed, at_least=0)
-        if seed >= 1 << 63:
-            fail_value("seed", "an integer below 2^63", seed)
     if samples is None:
         return None
     check_integer("samples", samples, at_least=4)

@@ -64,6 +64,7 @@ def _counted_labels(
 
     Ignored rows cost the head nothing, so responses that are not valid are ignored whole.
     """
+    labels = labels.to(torch.int64)  # as ignore_index is
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), shape=labels.shape, device=labels.device)
         labels = torch.where(mask, labels, ignore_index)
