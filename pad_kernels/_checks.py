@@ -13,6 +13,8 @@ from torch.nn import Parameter
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: Of token ids, and of boundaries between sequences of them.
+IDS = (torch.int64, torch.int32)
 
 
 def fail_value(name: str, expected: str, got: object) -> NoReturn:
@@ -66,6 +68,13 @@ def check_tensor(
     return value
 
 
+def check_constant(name: str, value: Tensor) -> None:
+    """Check that nobody waits for a gradient that the tensor would not get."""
+    if value.requires_grad and torch.is_grad_enabled():
+        expected = "a tensor that does not require grad (detach it: it gets no gradient)"
+        fail_value(name, expected, "one that does")
+
+
 def check_number(
     name: str,
     value: Any,
@@ -78,7 +87,10 @@ def check_number(
     """Check that ``value`` is a finite real number (no bool) within the bounds; return a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail_type(name, "a number", value)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
     if not math.isfinite(number):
         fail_value(name, "a finite number", value)
     bounds = (
@@ -94,12 +106,15 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None) -> int:
-    """Check that ``value`` is an integer (no bool), at least ``at_least``."""
+    """Check that ``value`` is an integer (no bool) of 64 bits, at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         fail_type(name, "an integer", value)
     if at_least is not None and value < at_least:
         fail_value(name, f"an integer >= {at_least}", value)
-    return int(value)
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        fail_value(name, "an integer of 64 bits", value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -116,3 +131,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         fail_value(name, "one of " + ", ".join(choices), repr(value))
     return value
+
+
+def check_reduction(value: Any) -> str:
+    """Check what losses call ``reduction``."""
+    return check_choice("reduction", value, ("mean", "sum", "none"))

@@ -26,3 +26,8 @@ def product_dtype(gemm: torch.dtype) -> torch.dtype:
     float16 has not the range: a sum over rows may overflow whose mean does not.
     """
     return torch.float32 if gemm == torch.float16 else gemm
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Where the body of an op runs: it casts block by block, to what its recipe says."""
+    return torch.autocast(device.type, enabled=False)

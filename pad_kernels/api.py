@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
-    check_choice,
+    IDS,
     check_integer,
     check_number,
+    check_reduction,
     check_tensor,
     fail_value,
 )
 from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
 from pad_kernels.engine.call import Call, weighted
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.engine.topk import topk
 from pad_kernels.functionals import (
     Entropy,
@@ -27,8 +28,6 @@ from pad_kernels.functionals import (
     SquaredLogSumExp,
 )
 from pad_kernels.heads import Head
-
-PlanLike = PlanRequest | Plan | str | None
 
 
 class TokenStats(NamedTuple):
@@ -209,7 +208,7 @@ def linear_cross_entropy(
         >>> pk.linear_cross_entropy(torch.zeros(2, 8), torch.zeros(10, 8), torch.tensor([1, -100]))
         tensor(2.3026)
     """
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction(reduction)
     smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     z_weight = check_number("z_loss", z_loss, at_least=0.0)
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
@@ -268,7 +267,7 @@ def linear_topk(
     """
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = Call(head, plan=plan)
-    check_integer("k", k, at_least=1)
+    k = check_integer("k", k, at_least=1)
     if k > call.vocab:
         fail_value("k", f"at most the vocabulary size {call.vocab}", k)
     call.refuse_early()
@@ -311,8 +310,7 @@ def option_logprobs(
     """
     head = Head(hidden, weight, bias, softcap, logit_scale, temperature, vocab_size)
     call = Call(head, plan=plan)
-    integers = (torch.int64, torch.int32)
-    check_tensor("option_ids", option_ids, dtypes=integers, device=hidden.device)
+    check_tensor("option_ids", option_ids, dtypes=IDS, device=hidden.device)
     leading = tuple(hidden.shape[:-1])
     if option_ids.dim() != 1 and tuple(option_ids.shape[:-1]) != leading:
         expected = f"shape [C] or [{', '.join(map(str, leading))}, C]"

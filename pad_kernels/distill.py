@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import check_number, check_tensor, fail_type
-from pad_kernels._tokens import check_weights
-from pad_kernels.divergences import PlanLike, Tokens
+from pad_kernels._tokens import Tokens, check_weights
 from pad_kernels.engine.call import Call, weighted
 from pad_kernels.engine.mixture import Mixture, check_kind, check_pair
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.functionals import Entropy, LogProb
 from pad_kernels.heads import Head
 from pad_kernels.offline import TopKAdvantage, TopKTeacher
@@ -132,10 +132,8 @@ def linear_distill(
     if reduction == "none":
         return DistillOutput(None, *parts.per_token(call))
     loss, found = parts.summed(call)
-    for name, absent in (("divergence", teacher is None), ("advantage", aligned is None)):
-        if absent:
-            found[name] = None
-    return DistillOutput(loss, *found.values())
+    absent = {"divergence": teacher is None, "advantage": aligned is None}
+    return DistillOutput(loss, *[None if absent.get(n) else x for n, x in found.items()])
 
 
 def _check_given(
@@ -169,15 +167,19 @@ class _Parts:
     beside: dict[str, Tensor] = field(default_factory=dict)
 
     def wanted(self, name: str) -> bool:
-        """Whether a part is computed if it can be."""
-        return self.tokens.reduction == "none" or not _is_zero(self.weights[name])
+        """Whether a part is computed if it can be.
+
+        Without any weight the cross-entropy is, of no token: a loss of 0 has gradients, too.
+        """
+        if self.tokens.reduction == "none" or not _is_zero(self.weights[name]):
+            return True
+        return name == "cross_entropy" and all(map(_is_zero, self.weights.values()))
 
     def add_renormalized(self, teacher: TopKTeacher, kind: str, alpha: float, backend: str) -> None:
         """The divergence where k tokens are all there is, beside the pass over the vocabulary."""
-        counted, weight = self.tokens.counted, self.weights["divergence"]
-        applied = self.tokens.reduction != "none"
-        if applied and isinstance(weight, Tensor) and not weight.requires_grad:
-            counted = counted & (weight.reshape(-1) != 0)
+        counted = self.tokens.counted
+        if self.tokens.reduction != "none":
+            counted = self.tokens.used(self.weights["divergence"])
         found = self.mixture.renormalized(teacher, kind, alpha, counted, backend)
         self.beside["divergence"] = found
 
@@ -188,15 +190,16 @@ class _Parts:
         shaped = {n: x.reshape(self.tokens.leading) for n, x in (found | self.beside).items()}
         return [shaped.get(name) for name in _SIGNS]
 
-    def summed(self, call: Call) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def summed(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts."""
 
         def weight(name: str) -> Tensor:
-            argument = "ce_weight" if name == "cross_entropy" else name + "_weight"
-            return self.tokens.weights(argument, self.weights[name], call.accumulate)
+            return self.tokens.weights(self.weights[name], call.accumulate)
 
-        loss = call.student.hidden.new_zeros((), dtype=call.accumulate)
-        parts: dict[str, Tensor | None] = dict.fromkeys(_SIGNS, loss)
+        def zero() -> Tensor:
+            return call.student.hidden.new_zeros((), dtype=call.accumulate)
+
+        loss, parts = zero(), {name: zero() for name in _SIGNS}
         if self.places:
             rows = [weight(n) * (_SIGNS[n] * factor) for n, (_, factor) in self.places.items()]
             loss, summands = call.total(self.mixture.functionals, torch.stack(rows))

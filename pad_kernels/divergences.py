@@ -2,77 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import (
-    FLOATS,
-    check_choice,
-    check_flag,
-    check_integer,
-    check_number,
-    check_tensor,
-    fail_type,
-    fail_value,
-)
-from pad_kernels._tokens import check_labels, check_normalizer, check_weights, per_token_weights
+from pad_kernels._checks import FLOATS, check_number, check_tensor, fail_type
+from pad_kernels._tokens import Tokens, check_weights
 from pad_kernels.engine.call import weighted
 from pad_kernels.engine.mixture import Mixture, check_kind
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.heads import Head
 from pad_kernels.offline import TopKAdvantage, TopKTeacher
-
-PlanLike = PlanRequest | Plan | str | None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which rows count and what their values are multiplied by."""
-
-    labels: Tensor | None  # aligned, [...]
-    leading: torch.Size
-    counted: Tensor  # bool [N]
-    reduction: str
-    divisor: float | Tensor | None
-
-    @staticmethod
-    def checked(
-        student: Head,
-        labels: Tensor | None,
-        reduction: str,
-        normalizer: float | Tensor | None,
-        ignore_index: int,
-        shift: bool,
-        cu_seqlens: Tensor | None,
-    ) -> Tokens:
-        """Check what all ops against teachers have in common."""
-        if not isinstance(student, Head):
-            fail_type("student", "a pad_kernels.Head", student)
-        hidden = check_tensor("student.hidden", student.hidden)
-        if hidden.dim() == 0:
-            fail_value("student.hidden", "shape [..., H]", "a 0-d tensor")
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        divisor = check_normalizer(normalizer, reduction, hidden.device)
-        leading = hidden.shape[:-1]
-        check_flag("shift", shift)
-        check_integer("ignore_index", ignore_index)
-        if labels is None:
-            for name, given in (("shift", shift), ("cu_seqlens", cu_seqlens is not None)):
-                if given:
-                    fail_type(name, "labels to go with it", "labels=None")
-            counted = torch.ones(leading.numel(), dtype=torch.bool, device=hidden.device)
-            return Tokens(None, leading, counted, reduction, divisor)
-        aligned = check_labels(labels, hidden, ignore_index, shift, cu_seqlens)
-        counted = (aligned != ignore_index).reshape(-1)
-        return Tokens(aligned, leading, counted, reduction, divisor)
-
-    def weights(self, name: str, given: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What each token's value is multiplied by before the sum, [N]."""
-        if isinstance(given, Tensor):
-            check_weights(name, given, self.leading, self.counted.device)
-        return per_token_weights(given, self.counted, self.reduction, self.divisor, dtype)
 
 
 def _reduced(
@@ -85,12 +24,10 @@ def _reduced(
 ) -> Tensor:
     """The only functional of a mixture times ``factor``, per token or summed."""
     call = mixture.call(tokens.labels, ignore_index, plan)
-    if token_weights is not None:
-        check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     if tokens.reduction == "none":
         values = call.tokens(mixture.functionals)[0][0] * factor
         return _weighted(values, token_weights, tokens)
-    weights = tokens.weights("token_weights", token_weights, call.accumulate)
+    weights = tokens.weights(token_weights, call.accumulate)
     return call.total(mixture.functionals, (weights * factor).unsqueeze(0))[0]
 
 
@@ -153,6 +90,7 @@ def linear_divergence(
         tensor([0., 0., 0.])
     """
     tokens = Tokens.checked(student, labels, reduction, normalizer, ignore_index, shift, cu_seqlens)
+    check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     mix = check_kind(kind, alpha)
     if not isinstance(teacher, Head | TopKTeacher):
         fail_type("teacher", "a pad_kernels.Head or TopKTeacher", teacher)
@@ -161,13 +99,11 @@ def linear_divergence(
         call = mixture.call(tokens.labels, ignore_index, plan)  # for its checks: there is no pass
         if reduction == "none":
             call.refuse_early()
-        if token_weights is not None:
-            check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
-        values = mixture.renormalized(teacher, kind, mix, tokens.counted, call.backend)
+        counted = tokens.used(token_weights)
+        values = mixture.renormalized(teacher, kind, mix, counted, call.backend)
         if reduction == "none":
             return _weighted(values, token_weights, tokens)
-        weights = tokens.weights("token_weights", token_weights, values.dtype)
-        return (values * weights).sum()
+        return weighted(values, tokens.weights(token_weights, values.dtype)).sum()
     mixture.add_divergence(teacher, kind, mix)
     return _reduced(mixture, 1.0, tokens, token_weights, ignore_index, plan)
 
@@ -216,6 +152,7 @@ def linear_expected_advantage(
         tensor(-0.0586)
     """
     tokens = Tokens.checked(student, labels, reduction, normalizer, ignore_index, shift, cu_seqlens)
+    check_weights("token_weights", token_weights, tokens.leading, tokens.counted.device)
     factor = check_number("beta", beta, above=0.0)
     mixture = Mixture(student)
     mixture.add_advantage(aligned, reference)

@@ -39,6 +39,11 @@ class HeadOptions:
         temperature = check_number(prefix + "temperature", temperature, above=0.0)
         return HeadOptions(softcap, logit_scale, temperature)
 
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Scale, soft cap (0 for none) and temperature, as kernels take them."""
+        return self.logit_scale, self.softcap or 0.0, self.temperature
+
     def transform(self, raw: Tensor) -> Tensor:
         """Raw products (any shape, accumulation dtype) to logits of the same shape."""
         scaled = raw if self.logit_scale == 1.0 else raw * self.logit_scale
@@ -84,6 +89,16 @@ class Head:
     logit_scale: float = 1.0
     temperature: float = 1.0
     vocab_size: int | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The hidden states [N, H]."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])
+
+    @property
+    def vocab(self) -> int:
+        """How many entries are real."""
+        return self.weight.shape[0] if self.vocab_size is None else int(self.vocab_size)
 
     def checked(
         self, prefix: str = "", *, gemm: torch.dtype | None = None, offloaded: bool = False

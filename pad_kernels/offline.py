@@ -7,28 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import (
-    FLOATS,
-    check_choice,
-    check_tensor,
-    fail_value,
-)
-
-_INTEGERS = (torch.int64, torch.int32)
+from pad_kernels._checks import FLOATS, IDS, check_choice, check_constant, check_tensor, fail_value
+from pad_kernels._transforms import reject_transforms
 
 
 def _checked(
     prefix: str, ids: Tensor, name: str, values: Tensor, leading: torch.Size, vocab: int
 ) -> None:
     """Check ids and values [..., k] against the student's leading shape and vocabulary."""
-    check_tensor(prefix + "ids", ids, dtypes=_INTEGERS)
+    check_tensor(prefix + "ids", ids, dtypes=IDS)
     if ids.dim() == 0 or ids.shape[:-1] != leading or ids.shape[-1] == 0:
         expected = f"shape [{', '.join([*map(str, leading), 'k'])}] with k >= 1"
         fail_value(prefix + "ids", expected, f"shape {tuple(ids.shape)}")
     check_tensor(prefix + name, values, dtypes=FLOATS, shape=tuple(ids.shape), device=ids.device)
-    if values.requires_grad and torch.is_grad_enabled():
-        expected = "a tensor that does not require grad (teachers get no gradient)"
-        fail_value(prefix + name, expected, "one that does")
+    reject_transforms(prefix + name, values)
+    check_constant(prefix + name, values)
     if ids.shape[-1] > vocab:
         expected = f"at most {vocab} ids a row, the vocabulary size"
         fail_value(prefix + "ids", expected, ids.shape[-1])

@@ -56,12 +56,13 @@ def integers(x: Tensor, required: bool = True) -> Values:
 
 def numbers(*outside: float, required: bool = True) -> Values:
     bad: Values = {"string": "1.0", "bool": True, "nan": NAN, "inf": INF, "list": [1.0]}
+    bad["no float"] = 10**400
     bad |= {f"{x:g}": x for x in outside}
     return {**bad, "none": None} if required else bad
 
 
 def whole(*outside: int, required: bool = True) -> Values:
-    bad: Values = {"string": "1", "bool": True, "fraction": 1.5, "list": [1]}
+    bad: Values = {"string": "1", "bool": True, "fraction": 1.5, "list": [1], "2^63": 1 << 63}
     bad |= {str(x): x for x in outside}
     return {**bad, "none": None} if required else bad
 
@@ -318,7 +319,7 @@ BAD: dict[str, Callable[[Values], Values]] = {
     "valid": lambda g: integers(g["valid"], False),
     "subset_size": lambda g: whole(0, 1, 3, 5, required=False),  # 3 of 4 leaves one alone
     "samples": lambda g: whole(0, 3, required=False),
-    "seed": lambda g: whole(-1, 1 << 63, required=False),
+    "seed": lambda g: whole(-1, required=False),
     "mask": lambda g: integers(g["mask"], False),
     "normalize": lambda g: choices(),
     **{

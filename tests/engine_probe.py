@@ -21,6 +21,7 @@ from pad_kernels.engine import ops, problem
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.bmm: (0, 1), aten.baddbmm: (1, 2)}
+_COPIES = (aten.index_select.default, aten._to_copy.default)
 
 
 def body(op: Any) -> Callable[..., Any]:
@@ -29,11 +30,14 @@ def body(op: Any) -> Callable[..., Any]:
 
 
 class Watch(TorchDispatchMode):
-    """Records the size of every tensor that an operation returns, and of every matrix product."""
+    """Records the size of every tensor that an operation returns, and of every matrix product.
+
+    Also the largest of what is gathered or cast into memory of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.largest = self.copied = 0
         self.products: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(
@@ -43,6 +47,8 @@ class Watch(TorchDispatchMode):
         for x in found if isinstance(found, tuple | list) else (found,):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
+                if func in _COPIES:
+                    self.copied = max(self.copied, x.numel())
         if func.overloadpacket in _PRODUCTS:
             left, right = (args[i] for i in _PRODUCTS[func.overloadpacket])
             rows, inner = left.shape[-2:]

@@ -17,7 +17,7 @@ from pad_kernels.backends.triton import fused
 from pad_kernels.backends.triton import live as live_module
 from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.launch import reach
-from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.live import LiveLaunches
 from pad_kernels.backends.triton.tilings import LiveTiling, Tiling
 from pad_kernels.engine import problem
 from pad_kernels.engine import run as engine_run
@@ -68,7 +68,7 @@ def test_products_read_live_tiles_alone(
     )
     for tiling, index, add, into in cases:
         scale = torch.tensor(0.25, dtype=torch.float64) if add else None
-        live = LiveTiles(dz, peaks, bound, TILE)
+        live = LiveLaunches(dz, peaks, bound, TILE)
         for launch in live.lists():
             launch.run()
         places, eps = torch.arange(cols) if index is None else index, torch.finfo(into).eps
@@ -128,14 +128,14 @@ def test_dead_tiles_are_not_written(tma: bool) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many live tiles each product over rows had."""
     counts: list[int] = []
-    original = LiveTiles.product
+    original = LiveLaunches.product
 
-    def spy(self: LiveTiles, *arguments: Any, transposed: bool, **options: Any) -> object:
+    def spy(self: LiveLaunches, *arguments: Any, transposed: bool, **options: Any) -> object:
         if not transposed:
             counts.append(int(self._lists[False][1].sum()))
         return original(self, *arguments, transposed=transposed, **options)
 
-    monkeypatch.setattr(live_module.LiveTiles, "product", spy)
+    monkeypatch.setattr(live_module.LiveLaunches, "product", spy)
     return counts
 
 

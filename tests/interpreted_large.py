@@ -24,7 +24,7 @@ from pad_kernels.backends.base import GivenTokens, RawBlock
 from pad_kernels.backends.choice import get_backend
 from pad_kernels.backends.triton import fused, gather, passes, topk
 from pad_kernels.backends.triton.fused_operands import Measured
-from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.live import LiveLaunches
 from pad_kernels.backends.triton.tilings import LiveTiling
 from pad_kernels.engine.problem import Stream
 from pad_kernels.functionals.base import LogitGradient
@@ -110,7 +110,7 @@ def test_live_products() -> None:
     weight, hidden = torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()
     index, found = torch.tensor([3, 0, 4, 1, 2]), []
     for move in (torch.clone, far):
-        live = LiveTiles(move(dz), peaks, torch.zeros(1), 16)
+        live = LiveLaunches(move(dz), peaks, torch.zeros(1), 16)
         sums = move(torch.zeros(4, 16)), move(torch.zeros(5, 16))
         for launch in live.lists():
             launch.run()

@@ -279,6 +279,19 @@ def test_tangents_of_the_smaller_arguments_raise() -> None:
             pk.linear_cross_entropy(hidden, weight, labels, **{name: dual})
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_tangents_of_offline_teachers_raise(tail: str) -> None:
+    student = pk.Head(*(x.detach() for x in make()[:2]))
+    ids = torch.rand(N, V).argsort(1)[:, :3]
+    kept = torch.randn(N, 3).log_softmax(1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(kept, torch.ones_like(kept))
+        with pytest.raises(RuntimeError, match=r"teacher\.logprobs: forward-mode"):
+            pk.linear_divergence(student, pk.TopKTeacher(ids, dual, tail))
+        with pytest.raises(RuntimeError, match=r"aligned\.values: forward-mode"):
+            pk.linear_expected_advantage(student, pk.TopKAdvantage(ids, dual))
+
+
 def test_transforms_of_topk_raise() -> None:
     hidden, weight, _ = make()
     with pytest.raises((RuntimeError, NotImplementedError)):

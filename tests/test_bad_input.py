@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bad_values import BAD, PARTNERS
@@ -115,6 +116,65 @@ def test_every_argument_has_good_and_bad_values(name: str) -> None:
         assert argument in with_it, f"{name} has a new argument {argument}: give it a good value"
         assert argument in BAD, f"{name} has a new argument {argument}: give it bad values"
         call(name, with_it)
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same values, changed one by one."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **_changed(vars(value), change))
+    if isinstance(value, dict):
+        return {name: _changed(x, change) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_changed(x, change) for x in value]
+    return change(value)
+
+
+def _of_numpy(value: Any) -> Any:
+    """A number as numpy has it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return (np.int64 if isinstance(value, int) else np.float64)(value)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_numbers_of_numpy_are_numbers(name: str) -> None:
+    values = given(name)
+    if "plan" in values and name != "explain":
+        values["plan"] = pk.PlanRequest("late", budget=1 << 28, vocab_block=64, filter=0.0)
+    call(name, _changed(values, _of_numpy))
+
+
+def _turned(value: Any) -> Any:
+    """A tensor whose rows are its columns in memory, or whose entries lie apart."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    x = value.detach()
+    x = x.mT.contiguous().mT if x.dim() > 1 else torch.stack((x, x), -1)[..., 0]
+    return x.requires_grad_(value.requires_grad)
+
+
+def _outputs(name: str, values: Values) -> list[Tensor]:
+    """What a call returns, and the gradients of its inputs."""
+    torch.manual_seed(1)
+    found = call(name, values)
+    tensors = [x for x in (found if isinstance(found, tuple) else (found,)) if _plain(x)]
+    leaves = [x for x in _tensors(values) if x.requires_grad]
+    total = sum((x.sum() for x in tensors if x.requires_grad), torch.zeros(()))
+    if not leaves or not total.requires_grad:
+        return tensors
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*tensors, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(n, v) for n in GOOD for v in ("", *VARIANTS.get(n, ())) if n != "explain"],
+)
+def test_the_layout_of_tensors_does_not_matter(name: str, variant: str) -> None:
+    values = given(name, variant=variant)
+    pairs = zip(_outputs(name, values), _outputs(name, _changed(values, _turned)), strict=True)
+    for straight, turned in pairs:
+        torch.testing.assert_close(turned, straight)
 
 
 def _tensors(values: Values) -> Iterator[Tensor]:
@@ -287,6 +347,24 @@ def test_teachers_without_weight_are_checked(change: Values, named: str) -> None
 def test_weights_are_checked_whatever_the_reduction(weight: str, reduction: str) -> None:
     values = {**given("linear_distill"), "reduction": reduction, "normalizer": None}
     refused("linear_distill", {**values, f"{weight}_weight": torch.rand(9)}, f"{weight}_weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("pairwise_preference_loss", "ref_chosen"),
+        ("listwise_preference_loss", "teacher_rewards"),
+        ("linear_preference_loss", "teacher_rewards"),
+    ],
+)
+def test_where_nothing_is_differentiated_a_teacher_may_require_grad(
+    name: str, argument: str
+) -> None:
+    values = given(name)
+    values[argument].requires_grad_()
+    refused(name, values, argument)
+    with torch.no_grad():
+        call(name, values)
 
 
 @pytest.mark.parametrize("plan", ["reference", "late", "kept", "early"])

@@ -12,6 +12,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import pad_kernels as pk
@@ -64,6 +65,27 @@ def test_listwise_losses(kernels: Any, kind: str, n: int, spread: float) -> None
         close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
         close(loss / nats, loss_wanted / nats)
         close(gradient / nats[:, None], gradient_wanted / nats[:, None])
+
+
+@pytest.mark.parametrize("leading", [(0, 3), (0,)], ids=str)
+def test_no_groups(kernels: Any, leading: tuple[int, ...]) -> None:
+    hidden = torch.randn(*leading, 2, 4, requires_grad=True)
+    labels, teacher = torch.zeros(*leading, 2).long(), torch.zeros(0, 3)
+    loss = pk.linear_preference_loss(hidden, torch.randn(5, 4), labels, teacher, beta=1.0)
+    loss.backward()
+    assert loss == 0 and hidden.grad is not None
+
+
+def test_tangents_raise(kernels: Any) -> None:
+    hidden, weight, labels = torch.randn(2, 3, 2, 4), torch.randn(5, 4), torch.ones(2, 3, 2).long()
+    teacher, logprob = torch.randn(2, 3), -torch.rand(2, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(teacher, torch.ones_like(teacher))
+        with pytest.raises(RuntimeError, match="teacher_rewards: forward-mode"):
+            pk.linear_preference_loss(hidden, weight, labels, dual, beta=1.0)
+        dual = forward_ad.make_dual(logprob, torch.ones_like(logprob))
+        with pytest.raises(RuntimeError, match="logprob: forward-mode"):
+            pk.sequence_reward(dual)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("kl", 5), ("reverse_kl", 4), ("jsd", 3)])

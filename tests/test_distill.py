@@ -142,6 +142,13 @@ def test_a_teacher_is_computed_for_rows_that_use_it(
     assert of_reference == of_aligned // 12 * 10
 
 
+def test_without_any_weight_the_loss_is_zero_and_so_are_its_gradients() -> None:
+    student, teacher = trainable(head(6, 8, 70)), head(6, 12, 70)
+    out = pk.linear_distill(student, torch.arange(6), teacher=teacher)
+    assert not any(x for x in out if x is not None)
+    assert not any(g.any() for g in gradients(out.loss, student))
+
+
 def test_weights_that_require_grad_get_one() -> None:
     student, teacher = trainable(head(6, 8, 70)), head(6, 12, 70)
     weights = torch.rand(6, requires_grad=True)

@@ -282,8 +282,9 @@ def test_inputs_of_any_layout_are_left_alone(layout, listwise_backend):
     }[layout]
     t = rewards(4, 6)
     before = s.clone(), t.clone()
-    ours = value_and_grad(lambda x: listwise_preference_loss(x, t), s)
+    ours = value_and_grad(lambda x: listwise_preference_loss(x, t), s.contiguous())
     assert torch.equal(listwise_preference_loss(s, t), ours[0])
+    assert torch.equal(listwise_preference_loss(s, t.T.contiguous().T), ours[0])
     strided = s.detach().requires_grad_() if layout != "expanded" else base[:1].requires_grad_()
     seen = strided if layout != "expanded" else strided.expand(4, 6)
     (grad,) = torch.autograd.grad(listwise_preference_loss(seen, t), strided)

@@ -91,6 +91,24 @@ def test_the_probe_sees_dense_logits() -> None:
     assert watch.flops == 2 * 64 * 8 * 100
 
 
+@pytest.mark.parametrize(
+    ("dtype", "schedule"),
+    [(torch.float32, "early"), (torch.float32, "late"), (torch.bfloat16, "late")],
+    ids=str,
+)
+def test_rows_of_another_dtype_pass_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, schedule: str
+) -> None:
+    """Left-out rows make gathers of hidden states, under autocast of another dtype."""
+    hidden, weight, labels = make(3000, 512, 64, dtype)
+    probe = Probe.install(monkeypatch)
+    plan = pk.PlanRequest(schedule, token_block=3000 if schedule == "early" else None)
+    with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+        pk.linear_cross_entropy(hidden, weight, labels, plan=plan)
+        probe.backward(torch.tensor(1.0))
+    assert 1 << 19 < watch.copied <= 1 << 20
+
+
 # --- the audited allocator ---
 
 SHAPES = [

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pad_kernels as pk
 from pad_kernels.engine.candidates import candidate_logits
+from pad_kernels.engine.workspace import account
 from pad_kernels.functionals.divergence import KINDS
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")
@@ -71,6 +72,18 @@ def test_accuracy(kind: str, tail: str, likely: bool, dtype: torch.dtype, backen
     check_accuracy(kind, tail, likely, dtype, f"late:{backend}")
 
 
+@every_backend
+def test_ids_of_any_layout(backend: str) -> None:
+    student, teacher = trainable(head(9, 8, 60)), head(9, 8, 60)
+    kept = pk.linear_topk(teacher.hidden, teacher.weight, 5)
+    found = []
+    for turned in (False, True):
+        offline = pk.TopKTeacher(*(x.T.contiguous().T if turned else x for x in kept))
+        value = pk.linear_divergence(student, offline, plan=f"late:{backend}")
+        found.append([value, *gradients(value, student)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @every_kind
 def test_renormalized_over_the_kept_tokens(kind: str) -> None:
     student = head(9, 8, 60, torch.float64, softcap=5.0, temperature=0.7, vocab_size=55)
@@ -93,6 +106,28 @@ def test_renormalized_over_the_kept_tokens(kind: str) -> None:
         assert float((a - b).norm() / b.norm()) < 1e-9
 
 
+def test_renormalized_where_the_student_has_no_mass() -> None:
+    """A forward KL is infinite there, the others are not; and a weight of 0 silences any value."""
+    bias = torch.zeros(60).index_fill(0, torch.tensor(3), -torch.inf)
+    student = trainable(replace(head(4, 8, 60), bias=bias))
+    ids = torch.tensor([[3, 7, 9]]).expand(4, 3)
+    teacher = pk.TopKTeacher(ids, torch.randn(4, 3).log_softmax(-1), "renormalize")
+    s = logits(student).gather(1, ids).log_softmax(-1).exp()
+    t = teacher.logprobs.double().exp()
+    for kind, expected in {
+        "forward_kl": torch.full((4,), torch.inf),
+        "reverse_kl": torch.special.entr(s).sum(-1).neg() - (s * t.log()).sum(-1),
+        "tvd": (s - t).abs().sum(-1) / 2,
+    }.items():
+        value = pk.linear_divergence(student, teacher, kind=kind, reduction="none")
+        torch.testing.assert_close(value.detach(), expected.float())
+    weights = torch.zeros(4)
+    for wanted in (weights, weights.clone().requires_grad_()):
+        value = pk.linear_divergence(student, teacher, token_weights=wanted, reduction="sum")
+        assert value == 0
+        assert not any(g.any() for g in gradients(value, student))
+
+
 def test_renormalized_needs_no_product_with_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -103,6 +138,16 @@ def test_renormalized_needs_no_product_with_the_vocabulary(
     assert not probe.plans
     touched = student.weight.grad.abs().sum(1) > 0
     assert touched.nonzero().squeeze(1).tolist() == list(range(27))
+
+
+def test_renormalized_adds_up_the_rows_that_it_meets() -> None:
+    """In float32 where the weight is half precision, and no more than those."""
+    student = trainable(head(9, 8, 5000, torch.bfloat16))
+    ids = torch.arange(27).reshape(9, 3) % 7
+    kept = pk.TopKTeacher(ids, torch.full((9, 3), -1.2), "renormalize")
+    account.reset()
+    pk.linear_divergence(student, kept).backward()
+    assert account.high_water == 7 * 8 * 4
 
 
 def test_offline_advantage() -> None:

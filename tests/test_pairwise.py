@@ -275,6 +275,12 @@ def test_cpo(options, value):
     assert alone.loss.item() == pytest.approx(value - 3.0, abs=5e-10)
 
 
+def test_cpo_of_an_impossible_response_is_that_of_dpo():
+    impossible, zero = column(-math.inf), column(0.0)
+    assert pairwise_preference_loss(column(-2.0), impossible, zero, zero).loss == 0
+    assert cpo_loss(column(-2.0), impossible, nll_weight=0.0).loss == 0
+
+
 def test_cpo_gradient():
     tensors = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     for kind in ("sigmoid", "hinge", "ipo", "simpo"):

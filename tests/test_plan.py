@@ -255,6 +255,18 @@ def test_a_plan_is_its_own_request() -> None:
         assert dataclasses.replace(again, reason=plan.reason) == plan
 
 
+def test_a_plan_without_token_blocks_serves_an_op_that_has_them() -> None:
+    """Statistics of two sweeps go token block by token block, those of one need not."""
+    given = shape(40, 8, 700, needs=FROZEN, reduced=False, backend="torch_blocked")
+    plan = make_plan(given, pk.PlanRequest("late"))
+    assert plan.token_block == 0
+    plan = dataclasses.replace(plan, workspace_bytes=32 << 20)  # two streams take more
+    student = pk.Head(torch.randn(40, 8, requires_grad=True), torch.randn(700, 8))
+    teacher = pk.Head(torch.randn(40, 8), torch.randn(700, 8))
+    found = pk.linear_divergence(student, teacher, kind="jsd", reduction="none", plan=plan)
+    assert (found > 0).all()
+
+
 def test_reading_plan_arguments() -> None:
     of = pk.PlanRequest.of
     assert of(None) == pk.PlanRequest()
@@ -310,6 +322,16 @@ def test_limits_nest_and_are_restored() -> None:
         assert budget(pk.PlanRequest(budget=2000)) == 1000
         assert budget(pk.PlanRequest(budget=200)) == 200
     assert budget() is None
+
+
+def test_limits_of_threads_need_not_end_in_turn() -> None:
+    first, second = pk.workspace_limit(1000), pk.workspace_limit(500)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert pk.PlanRequest.of(None).budget == 500
+    second.__exit__(None, None, None)
+    assert pk.PlanRequest.of(None).budget is None
 
 
 # --- explain ---

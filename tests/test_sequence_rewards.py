@@ -30,6 +30,12 @@ def test_mean_and_sum_of_the_tokens_that_count():
     assert zero.tolist() == pytest.approx([-13 / 3, -4.0])
 
 
+def test_narrow_labels_are_compared_with_the_whole_index():
+    logprob = torch.tensor([[-1.0, -2.0]])
+    labels = torch.tensor([[156, 3]], dtype=torch.uint8)  # 156 is -100 in eight bits
+    assert sequence_reward(logprob, labels=labels, normalize="none").tolist() == [-3.0]
+
+
 def test_nothing_that_counts_is_reward_zero():
     logprob = torch.randn(2, 3, requires_grad=True)
     mask = torch.tensor([[False] * 3, [True] * 3])
@@ -158,6 +164,8 @@ def test_calibration():
     assert calibrated_rewards(reward, option, alpha=1.0).tolist() == reward.tolist()
     released = calibrated_rewards(reward, option, alpha=0.0, floor=1e-4)
     assert released.tolist() == pytest.approx([half, 0.0, -9.210340])
+    impossible = calibrated_rewards(reward - math.inf, option, alpha=0.0, floor=1e-4)
+    assert impossible.tolist() == released.tolist()
     low = calibrated_rewards(reward.to(torch.bfloat16), option.to(torch.float16), alpha=0.25)
     assert low.dtype == torch.float32 and low[0].item() == pytest.approx(-0.5 + 0.75 * half)
     assert calibrated_rewards(reward.double(), option, alpha=0.5).dtype == torch.float64

@@ -13,7 +13,7 @@ from pad_kernels.backends.triton import fused, gather, topk
 from pad_kernels.backends.triton.aot import SHARED_MEMORY, Cubin, compile_kernel
 from pad_kernels.backends.triton.fused_operands import Measured, Operands
 from pad_kernels.backends.triton.launch import Launch
-from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.live import LiveLaunches
 from pad_kernels.backends.triton.tilings import (
     LIVE,
     LIVE_TRIALS,
@@ -238,7 +238,7 @@ def test_live_products_compile(name: str, capability: int, cols: int, pitch: int
     dtype = torch.float16 if into == torch.float16 else torch.bfloat16
     with torch.device("meta"):
         dz = torch.empty(rows, pitch, dtype=dtype)[:, :cols]
-        live = LiveTiles(dz, torch.empty(rows // 128, -(-cols // 128)), torch.empty(1))
+        live = LiveLaunches(dz, torch.empty(rows // 128, -(-cols // 128)), torch.empty(1))
         listed = live.lists()
         other = torch.empty(rows if transposed else vocab, size, dtype=dtype)
         total = torch.empty(vocab if transposed else rows, size, dtype=into)

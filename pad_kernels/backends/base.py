@@ -59,6 +59,13 @@ class RawBlock:
         """Where the logits lie."""
         return self.logits[0].device
 
+    def normalizer(self, stream: int) -> Tensor:
+        """(max, sum) of a stream, [2, rows]; a scratch pair where no functional asked for one."""
+        if (state := self.stats.get(Normalizer(stream))) is not None:
+            return state
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        return Normalizer(stream).empty(self.shape[0], {}, like)
+
 
 class Backend(Protocol):
     """Row passes over blocks of raw logits."""

@@ -21,7 +21,6 @@ from pad_kernels.functionals.divergence import Outcomes
 from pad_kernels.functionals.statistics import (
     Argmax,
     Moment,
-    Normalizer,
     Statistic,
     Tail,
     Total,
@@ -60,16 +59,14 @@ class NativeBackend:
 
     def transform(self, head: HeadOptions, raw: Tensor) -> Tensor:
         logits = raw.contiguous().clone()
-        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
         with self.running(logits.device) as where:
-            self.module().head_transform(
-                *(self.dtypes[logits.dtype], logits.data_ptr(), logits.numel(), *options, where)
-            )
+            dtype, count = self.dtypes[logits.dtype], logits.numel()
+            self.module().head_transform(dtype, logits.data_ptr(), count, *head.numbers, where)
         return logits
 
     def measure(self, block: RawBlock, wanted: list[Statistic]) -> None:
-        if len(ours := [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]) < len(wanted):
-            others = [s for s in wanted if s not in ours]
+        ours = [s for s in wanted if isinstance(s, ROW_PASS_STATISTICS)]
+        if others := [s for s in wanted if s not in ours]:
             get_backend("torch_blocked").measure(block, others)
         passes = Passes(self, block)
         for statistic in ours:
@@ -95,19 +92,19 @@ class NativeBackend:
 
 
 class Passes:
-    """The passes over one block, as a module's functions take it: pointers to all of it.
+    """The passes over one block, in the pointers and numbers that a module's functions take.
 
-    Whatever had to be copied is held until the block is done with.
+    What pointers lead to is held as long as the object lives.
     """
 
     def __init__(self, backend: NativeBackend, block: RawBlock) -> None:
         self._held: list[Tensor] = []
-        self.backend, self.device = backend, block.device
+        self.backend, self.block, self.device = backend, block, block.device
         self.stats, self.offset = block.stats, block.offset
         self.rows, self.cols = block.shape
         self.dtype = backend.dtypes[block.logits[0].dtype]
         self.streams = [self._stream(block, j) for j in range(max(block.logits) + 1)]
-        normalizers = [self._normalizer(j) for j in range(len(self.streams))]
+        normalizers = [block.normalizer(j) for j in range(len(self.streams))]
         self.maxima = [self._pointer(n[0]) for n in normalizers]
         self.sums = [self._pointer(n[1]) for n in normalizers]
 
@@ -128,21 +125,7 @@ class Passes:
             return 0, 0, 0, 1.0, 0.0, 1.0
         raw, stream = block.logits[j], block.problem.streams[j]
         shifted = 0 if stream.bias is None else stream.bias[block.offset :].data_ptr()
-        head = stream.head
-        options = (head.logit_scale, head.softcap or 0.0, head.temperature)
-        return raw.data_ptr(), raw.stride(0), shifted, *options
-
-    def _normalizer(self, j: int) -> Tensor:
-        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
-        state = self.stats.get(Normalizer(j))
-        if state is not None:
-            return state
-        like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return Normalizer(j).empty(self.rows, {}, like)
-
-    def _sorted(self, name: str) -> Tensor:
-        """Per-row ids, ascending."""
-        return self.stats.inputs[name].sort(dim=1).values
+        return raw.data_ptr(), raw.stride(0), shifted, *stream.head.numbers
 
     def _moments(self, wanted: list[Statistic]) -> list[tuple[int, tuple[float, ...], int]]:
         found = []
@@ -161,9 +144,9 @@ class Passes:
             elif isinstance(s, Argmax):
                 more["argmax"] = self.stats[s].data_ptr()
                 # The running best value is the running maximum; the pass updates a copy of it.
-                more["argmax_value"] = self._pointer(self._normalizer(0)[0].clone())
+                more["argmax_value"] = self._pointer(self.block.normalizer(0)[0].clone())
             elif isinstance(s, Tail):
-                ids = self._sorted(s.ids)
+                ids = self.stats.ascending(s.ids)
                 more["tail"] = (self._pointer(ids), ids.shape[1])
                 more["tail_maximum"], more["tail_sum"] = (x.data_ptr() for x in self.stats[s])
         with self.backend.running(self.device) as where:
@@ -196,7 +179,7 @@ class Passes:
             terms.sparse = (self._pointer(sparse[0]), sparse[0].shape[1])
             terms.sparse_values = self._column(sparse[1])
         for name, value in gradient.outside.items():
-            ids, (maximum, total) = self._sorted(name), self.stats[Tail(name)]
+            ids, (maximum, total) = self.stats.ascending(name), self.stats[Tail(name)]
             terms.outside = (self._pointer(ids), ids.shape[1])
             terms.outside_maximum = self._column(maximum)
             terms.outside_value = self._column(torch.where(total == 0, 0.0, value / total))

@@ -58,7 +58,7 @@ def interpreting() -> bool:
 
 
 def _version(*names: str) -> str:
-    """Of the first of these distributions that is installed."""
+    """The version of the first of these distributions that is installed."""
     for name in names:
         try:
             return importlib.metadata.version(name)

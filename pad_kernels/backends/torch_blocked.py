@@ -117,10 +117,12 @@ class TorchBackend:
         weight: Tensor,
         workspace: Workspace,
     ) -> None:
-        dtype, total = grad.dtype, weight
+        dtype, total, met = grad.dtype, weight, None
         if weight.dtype != dtype and weight.numel():
-            # A half-precision sum over rows would lose the small ones.
-            total = workspace.empty(*weight.shape, dtype=dtype).zero_()
+            # A sum in half precision would lose what is small: the tokens that are met add up
+            # in float32, beside the gradient.
+            met = given.ids[given.counted].unique()
+            total = workspace.empty(met.shape[0], weight.shape[1], dtype=dtype).zero_()
         for rows in _row_blocks(given, dtype):
             g, ids = grad[rows], given.ids[rows]
             if hidden.numel():
@@ -128,9 +130,12 @@ class TorchBackend:
                 hidden[rows] = found.to(hidden.dtype)
             if weight.numel():
                 outer = g.unsqueeze(2) * given.hidden[rows].to(dtype).unsqueeze(1)
-                total.index_add_(0, ids.reshape(-1), outer.flatten(0, 1))
-        if total is not weight:
-            weight.copy_(total)
+                places = ids.reshape(-1)
+                if met is not None:
+                    places = torch.searchsorted(met, places)
+                total.index_add_(0, places, outer.flatten(0, 1))
+        if met is not None:
+            weight.index_copy_(0, met, total.to(weight.dtype))
 
 
 def _row_blocks(given: GivenTokens, dtype: torch.dtype) -> Iterator[Tensor]:

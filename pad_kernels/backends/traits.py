@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Element-wise temporaries of the plain torch row passes: tiles of this many elements, about so
-#: many of them alive at once.
+#: The plain torch row passes work on tiles of this many elements, and hold about so many
+#: temporaries of a tile's size at once.
 TORCH_TILE = 1 << 18
 TORCH_TEMPORARIES = 16
 
 
 @dataclass(frozen=True)
 class Traits:
-    """One backend's.
+    """Of one backend.
 
     Args:
-        temporaries: numbers in the accumulation dtype that its row passes make besides.
-        fuses: of how many streams it takes statistics without logits in memory, where it can.
+        temporaries: how many numbers of the accumulation dtype its row passes hold besides.
+        fuses: most streams whose statistics it takes without logits in memory; 0 for never.
     """
 
     temporaries: int = 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    IDS,
     check_flag,
     check_integer,
     check_tensor,
@@ -14,8 +14,6 @@ from pad_kernels._checks import (
     fail_value,
 )
 from pad_kernels.engine.call import autocast_dtype
-
-LABELS = (torch.int64, torch.int32)
 
 
 def check_head(*, ndim: int | None = None, **tensors: Tensor | None) -> None:
@@ -44,7 +42,7 @@ def check_head(*, ndim: int | None = None, **tensors: Tensor | None) -> None:
 
 def check_labels(name: str, labels: Tensor, hidden: Tensor) -> None:
     """Check labels that are to have the leading shape of ``hidden``."""
-    check_tensor(name, labels, dtypes=LABELS, shape=hidden.shape[:-1], device=hidden.device)
+    check_tensor(name, labels, dtypes=IDS, shape=hidden.shape[:-1], device=hidden.device)
 
 
 def check_shift(shift: bool | int, labels: Tensor) -> int:

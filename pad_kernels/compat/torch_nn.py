@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels._checks import check_choice, check_number, fail_type, fail_value
+from pad_kernels._checks import check_number, check_reduction, fail_type, fail_value
 from pad_kernels.compat._arguments import check_head, check_labels
 from pad_kernels.compat._class_weights import (
     check_class_weights,
@@ -78,7 +78,7 @@ def linear_cross_entropy(
     if isinstance(target, Tensor) and target.is_floating_point():
         fail_type("target", "class indices, an integer dtype, not probabilities", target.dtype)
     check_labels("target", target, input)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction(reduction)
     smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
     ignored = -100 if ignore_index is None else ignore_index
     plan = _plan(options, input)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_tensor, fail_type, fail_value
+from pad_kernels._checks import check_constant, check_tensor, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype, gemm_dtype
 from pad_kernels._transforms import reject_transforms
 from pad_kernels.engine import ops
-from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+from pad_kernels.engine.plan import PlanLike, PlanRequest, Shape
 from pad_kernels.engine.problem import plan_shape
 from pad_kernels.engine.recipe import Recipe
 from pad_kernels.functionals.base import Functional
@@ -49,40 +49,43 @@ class Call:
     teachers: Sequence[Head] = ()
     inputs: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
-    plan: PlanRequest | Plan | str | None = None
+    plan: PlanLike = None
     names: Sequence[str] = ("",)
 
     def __post_init__(self) -> None:
-        names = list(self.names)
+        heads, names = [self.student, *self.teachers], list(self.names)
         device = check_tensor(names[0] + "hidden", self.student.hidden).device
         autocast = autocast_dtype(device)
-        heads = [self.student, *self.teachers]
         self._options = [
             h.checked(n, gemm=autocast, offloaded=j > 0)
             for j, (h, n) in enumerate(zip(heads, names, strict=True))
         ]
         for head, name in zip(self.teachers, names[1:], strict=True):
             self._check_teacher(head, name, device)
-        double = self.student.hidden.dtype == torch.float64
         for head, name in zip(heads, names, strict=True):
-            for field_name, x in (("hidden", head.hidden), ("weight", head.weight)):
-                if (x.dtype == torch.float64) != double:
-                    expected = "float64 like the other inputs, or none of them in it"
-                    fail_type(name + field_name, expected, x.dtype)
-        for head, name in zip(heads, names, strict=True):
-            # The ops would take a tensor with a tangent for a constant.
-            for field_name in ("hidden", "weight", "bias"):
-                reject_transforms(name + field_name, getattr(head, field_name))
+            self._check_alike(head, name)
         student = self.student.hidden.dtype
-        mixed = autocast if autocast is not None and student != torch.float64 else student
-        self._mixed = mixed
+        self._mixed = student if autocast is None or student == torch.float64 else autocast
         self._request = PlanRequest.of(self.plan)
-        sizes = [h.weight.shape[0] if h.vocab_size is None else h.vocab_size for h in heads]
-        for size, name in zip(sizes, names, strict=True):
-            if size != sizes[0]:
-                expected = f"{sizes[0]} like the student's (cut the longer with vocab_size)"
-                fail_value(name + "vocab_size", expected, size)
-        self.vocab = sizes[0]
+
+    @property
+    def vocab(self) -> int:
+        """Real entries, as many of every head."""
+        return self.student.vocab
+
+    def _check_alike(self, head: Head, name: str) -> None:
+        """Raise unless a head is of the student's precision and vocabulary, and a plain one."""
+        double = self.student.hidden.dtype == torch.float64
+        for field_name, x in (("hidden", head.hidden), ("weight", head.weight)):
+            if (x.dtype == torch.float64) != double:
+                expected = "float64 like the other inputs, or none of them in it"
+                fail_type(name + field_name, expected, x.dtype)
+        for field_name in ("hidden", "weight", "bias"):
+            # The ops would take a tensor with a tangent for a constant.
+            reject_transforms(name + field_name, getattr(head, field_name))
+        if head.vocab != self.vocab:
+            expected = f"{self.vocab} like the student's (cut the longer with vocab_size)"
+            fail_value(name + "vocab_size", expected, head.vocab)
 
     def _check_teacher(self, head: Head, name: str, device: torch.device) -> None:
         """Raise unless a teacher's rows match the student's and nobody wants its gradient."""
@@ -92,13 +95,8 @@ class Call:
         if head.hidden.device != device:
             fail_value(name + "hidden", f"a tensor on {device}", f"one on {head.hidden.device}")
         for field_name in ("hidden", "weight", "bias"):
-            tensor = getattr(head, field_name)
-            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-                fail_value(
-                    name + field_name,
-                    "a tensor that does not require grad (detach it: teachers get no gradient)",
-                    "one that does",
-                )
+            if (tensor := getattr(head, field_name)) is not None:
+                check_constant(name + field_name, tensor)
 
     @property
     def backend(self) -> str:
@@ -108,11 +106,6 @@ class Call:
     def gemm(self, device: str) -> torch.dtype:
         """Dtype of the products' operands on a type of device."""
         return gemm_dtype(self._mixed, device)
-
-    @property
-    def rows(self) -> Tensor:
-        """The student's hidden states as [N, H]."""
-        return self.student.hidden.reshape(-1, self.student.hidden.shape[-1])
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -131,7 +124,7 @@ class Call:
             biased=tuple(h.bias is not None for h in (student, *self.teachers)),
             input_names=tuple(self.inputs),
             vocab=self.vocab,
-            ignore_index=self.ignore_index,
+            ignore_index=None if self.ignore_index is None else int(self.ignore_index),
             gemm=self.gemm(student.hidden.device.type),
             needs=(
                 grad and student.hidden.requires_grad,
@@ -146,21 +139,21 @@ class Call:
     def shape(self, recipe: Recipe, *, reduced: bool) -> Shape:
         """What the planner would see."""
         heads = [self.student, *self.teachers]
-        hidden = [h.hidden.reshape(-1, h.hidden.shape[-1]) for h in heads]
-        return plan_shape(recipe, hidden, [h.weight for h in heads], reduced=reduced)
+        weights = [h.weight for h in heads]
+        return plan_shape(recipe, [h.rows for h in heads], weights, reduced=reduced)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        """The ops' tensors in their order, which is that of :class:`Arguments`."""
         teachers: list[Tensor] = []
         for head in self.teachers:
-            teachers += [head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight]
+            teachers += [head.rows, head.weight]
             teachers += [] if head.bias is None else [head.bias]
         student = self.student
-        return self.rows, student.weight, student.bias, list(self.inputs.values()), teachers
+        return student.rows, student.weight, student.bias, list(self.inputs.values()), teachers
 
     def refuse_early(self) -> None:
         """Raise if an early plan is asked for where the output is not one number."""
-        if self._request.schedule == "early":
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        self._request.refuse_early()
 
     def tokens(
         self, functionals: Sequence[Functional], *, argmax: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._dtypes import accumulate_dtype, without_autocast
 from pad_kernels.backends.base import GivenTokens
 from pad_kernels.backends.choice import gathering_backend
 from pad_kernels.engine.inputs import bad_rows, check_inputs
@@ -46,7 +46,7 @@ def candidate_logits(
     broken = _checked({"teacher_ids": ids, "teacher_logprobs": logprobs}, counted, vocab)
     out = hidden.new_zeros(ids.shape, dtype=accumulate_dtype(hidden.dtype))
     given = GivenTokens(hidden, weight[:vocab], ids.contiguous(), counted)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         gathering_backend(backend, hidden).gather_logits(given, out)
     return out if broken is None else out.masked_fill(broken, torch.nan)
 
@@ -80,8 +80,7 @@ def candidate_logits_backward(
     d_weight = torch.zeros_like(weight) if needs_weight else hidden.new_empty(0)
     given = GivenTokens(hidden, weight, ids.contiguous(), counted)
     grad = grad.to(accumulate_dtype(hidden.dtype))
-    off = torch.autocast(hidden.device.type, enabled=False)
-    with Workspace(hidden.device) as workspace, off:
+    with Workspace(hidden.device) as workspace, without_autocast(hidden.device):
         gatherer = gathering_backend(backend, hidden)
         gatherer.gather_gradients(given, grad, d_hidden, d_weight, workspace)
     return d_hidden, d_weight

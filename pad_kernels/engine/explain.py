@@ -10,7 +10,7 @@ from pad_kernels._checks import check_choice, check_flag
 from pad_kernels.backends.choice import PREFERRED, resolve_backend
 from pad_kernels.engine.call import Call
 from pad_kernels.engine.devices import DEVICES
-from pad_kernels.engine.plan import Plan, PlanRequest, Shape
+from pad_kernels.engine.plan import Plan, PlanLike, PlanRequest, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
 from pad_kernels.engine.problem import planned_device
 from pad_kernels.functionals import LogProb
@@ -25,7 +25,7 @@ def explain(
     vocab_size: int | None = None,
     per_token: bool = False,
     device: str | None = None,
-    plan: PlanRequest | Plan | str | None = None,
+    plan: PlanLike = None,
 ) -> Plan:
     """Print the plan that an op would run with, and return it.
 

@@ -1,4 +1,4 @@
-"""Weights on their way into products: as they lie, copied to fit, or sent over from the CPU."""
+"""Matrices on their way into products: as they lie, copied to fit, or sent over from the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+#: Entries that are gathered or cast at a time: what lies between two buffers is in no plan.
+_PIECE = 1 << 20
 
 
 def enters_product(weight: Tensor, gemm: torch.dtype) -> bool:
@@ -28,6 +31,11 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive blocks."""
     for start in range(0, total, max(size, 1)):
         yield start, min(start + max(size, 1), total)
+
+
+def pieces(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows of a matrix, or entries of a vector, few enough to be copied."""
+    return blocks(matrix.shape[0], _PIECE // max(matrix[:1].numel(), 1))
 
 
 def copy_rows(

@@ -12,8 +12,8 @@ from pad_kernels.engine.plan import Shape, row_pitch
 
 #: Bytes for each entry of an ordered vocabulary: the order, its inverse, and what sorting takes.
 ORDER_BYTES = 48
-#: Bytes a row, of so many rows at least, for what row passes on a GPU make besides: coefficients
-#: side by side, and the parts of rows that are split over programs. 64 doubles.
+#: Bytes of a row's numbers on a GPU, and the fewest rows to count them for: coefficients side by
+#: side and, where rows are few, the parts of each that several programs make. 64 doubles.
 ROW_NUMBERS, LEAST_ROWS = 512, 4096
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pad_kernels._dtypes import product_dtype
 from pad_kernels.backends.base import LiveTiles
+from pad_kernels.engine.feed import pieces
 from pad_kernels.engine.filter import column_runs
 from pad_kernels.engine.products import add_product, multiply, multiply_in_blocks
 from pad_kernels.engine.run import Run
@@ -122,7 +123,7 @@ class GradientBuffers:
         if live is None:
             target[span[0] : span[1]].copy_(found)
         else:
-            target.index_copy_(0, live[span[0] : span[1]], found.to(target.dtype))
+            _put_rows(target, live[span[0] : span[1]], found)
 
     def _set_hidden(self, dz: Tensor, span: tuple[int, int], runs: list[tuple[int, int]]) -> None:
         student, gemm = self.problem.streams[0], self.problem.recipe.gemm
@@ -269,7 +270,7 @@ class GradientBuffers:
             if total is None or live is None or self.plan.gradient_over == "tokens":
                 self._store(self.hidden, self.hidden if total is None else total, factors[0])
             else:
-                self.hidden.index_copy_(0, live, self._restored(total).to(self.hidden.dtype))
+                _put_rows(self.hidden, live, self._restored(total))
         if self.weight is not None and rows and self._weight_started:
             weight = self.weight[: self.problem.recipe.vocab]
             total = weight if self._weight_sum is None else self._weight_sum
@@ -299,6 +300,12 @@ class GradientBuffers:
             self._restored(total)
         if target is not total:
             target.copy_(total)
+
+
+def _put_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Rows of another dtype at their places in a matrix."""
+    for a, b in pieces(rows):
+        target.index_copy_(0, index[a:b], rows[a:b].to(target.dtype))
 
 
 def _steps(runs: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:

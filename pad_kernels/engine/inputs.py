@@ -25,7 +25,7 @@ EXCESS = 0.01
 
 
 def muted_input(name: str, x: Tensor, muted: Tensor, vocab: int) -> Tensor:
-    """Harmless inputs [rows, k] for rows that count nothing, and ids that can be gathered."""
+    """An input [rows, k], harmless in rows that count nothing, with ids that can be gathered."""
     if x.dtype == torch.int64:
         spread = torch.arange(x.shape[1], device=x.device)
         return torch.where(muted.unsqueeze(1), spread, x).clamp(0, vocab - 1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import check_choice, check_number, check_tensor, fail_type, fail_value
+from pad_kernels._checks import check_choice, check_number, fail_type, fail_value
 from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.engine.call import Call, autocast_dtype
 from pad_kernels.engine.candidates import candidate_logits
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.functionals import Advantage, Functional, TopKDivergence
 from pad_kernels.functionals import TopKAdvantage as TopKAdvantageFunctional
 from pad_kernels.functionals.divergence import DEFAULT_ALPHA, KINDS, divergence, outcome
@@ -49,34 +49,25 @@ class Mixture:
 
     Args:
         student: the head that may want gradients.
-        name: what it is called in messages.
     """
 
-    def __init__(self, student: Head, name: str = "student") -> None:
-        if not isinstance(student, Head):
-            fail_type(name, "a pad_kernels.Head", student)
-        device = check_tensor(name + ".hidden", student.hidden).device
+    def __init__(self, student: Head) -> None:
         # First of all: what is offline is checked against the student's shapes.
-        self._options = student.checked(name + ".", gemm=autocast_dtype(device))
+        self._options = student.checked("student.", gemm=autocast_dtype(student.hidden.device))
         self.student = student
         self._teachers: list[Head] = []
-        self._names = [name + "."]
+        self._names = ["student."]
         self._inputs: dict[str, Tensor] = {}
         self.functionals: list[Functional] = []
 
     def _stream(self, head: Head, name: str) -> int:
         """The number of a teacher's stream; the same head twice is one stream."""
         for j, known in enumerate(self._teachers, 1):
-            if known is head or _same(known, head):
+            if _same(known, head):
                 return j
         self._teachers.append(head)
         self._names.append(name + ".")
         return len(self._teachers)
-
-    @property
-    def _vocab(self) -> int:
-        size = self.student.vocab_size
-        return self.student.weight.shape[0] if size is None else size
 
     def add(self, functional: Functional) -> int:
         """Add a functional; returns the place of its value among the outputs."""
@@ -90,7 +81,7 @@ class Mixture:
         self._check_offline(teacher, "teacher")
         self._inputs["teacher_ids"] = _flat(teacher.ids).to(torch.int64)
         self._inputs["teacher_logprobs"] = _flat(teacher.logprobs)
-        whole = teacher.ids.shape[-1] == self._vocab
+        whole = teacher.ids.shape[-1] == self.student.vocab
         return self.add(TopKDivergence(kind, alpha, whole))
 
     def renormalized(
@@ -115,14 +106,12 @@ class Mixture:
 
     def _check_offline(self, offline: TopKTeacher | TopKAdvantage, name: str) -> None:
         leading = self.student.hidden.shape[:-1]
-        offline.checked(name + ".", leading, self._vocab)
+        offline.checked(name + ".", leading, self.student.vocab)
         if offline.ids.device != self.student.hidden.device:
             expected = f"a tensor on {self.student.hidden.device}"
             fail_value(name + ".ids", expected, f"one on {offline.ids.device}")
 
-    def call(
-        self, labels: Tensor | None, ignore_index: int, plan: PlanRequest | Plan | str | None
-    ) -> Call:
+    def call(self, labels: Tensor | None, ignore_index: int, plan: PlanLike) -> Call:
         """The call of the row engine; ``labels`` are aligned, [...]."""
         inputs = dict(self._inputs)
         if labels is not None:
@@ -169,9 +158,8 @@ def _renormalized(
     kept = counted.unsqueeze(1)
     ids = torch.where(kept, _flat(teacher.ids).to(torch.int64), 0)
     logprobs = torch.where(kept, _flat(teacher.logprobs), 0.0)
-    hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
-    size = student.weight.shape[0] if student.vocab_size is None else student.vocab_size
-    raw = candidate_logits(hidden, student.weight, ids, logprobs, counted, size, backend)
+    hidden, weight, vocab = student.rows, student.weight, student.vocab
+    raw = candidate_logits(hidden, weight, ids, logprobs, counted, vocab, backend)
     if student.bias is not None:
         raw = raw + student.bias.to(dtype)[ids]
     logits = options.transform(raw)
@@ -181,5 +169,6 @@ def _renormalized(
         value = (found.value + found.balance * (s.exp() - t.exp())).sum(-1).to(dtype)
         gradient = (found.slope - s.exp() * found.slope.sum(-1, keepdim=True)).to(dtype)
     # Its value is 0; what it adds is the gradient by the logits, in closed form.
-    carrier = torch.where(gradient == 0, 0.0, gradient * (logits - logits.detach())).sum(-1)
+    carries = (gradient != 0) & logits.isfinite()
+    carrier = torch.where(carries, gradient * (logits - logits.detach()), 0.0).sum(-1)
     return torch.where(counted, value + carrier, 0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._dtypes import accumulate_dtype, without_autocast
 from pad_kernels.backends import reference
 from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
@@ -30,10 +30,6 @@ from pad_kernels.engine.workspace import account, empty
 from pad_kernels.functionals.statistics import Argmax
 
 OptionalTensor = Tensor | None
-
-
-def _without_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 def _read(recipe: str, hidden: Tensor) -> Recipe:
@@ -79,7 +75,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from the upstream gradient of the values, [outputs, N]."""
     stats = schedule.unpack_stats(problem, packed)
-    upstream = problem.weights(grad.to(problem.accumulate))
+    upstream = problem.factors(grad.to(problem.accumulate))
     with problem.workspace(plan) as workspace:
         if plan.ordered:
             problem = ordered(problem, workspace)
@@ -105,7 +101,7 @@ def token_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values [outputs, N], greedy tokens, statistics for the backward, kept logits."""
     todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
-    with _without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         if todo.request.backend == "reference":
             values, greedy = reference.forward(todo, given)
             return values, greedy, _nothing(values), _nothing(hidden)
@@ -130,7 +126,7 @@ def _(
     values = hidden.new_empty((todo.outputs(given.inputs(todo)), rows), dtype=dtype)
     greedy = hidden.new_empty((rows if todo.argmax else 0,), dtype=torch.int64)
     if todo.request.backend == "reference":
-        return values, greedy, values.new_empty(0), hidden.new_empty(0)
+        return values, greedy, _nothing(values), _nothing(hidden)
     plan = op_plan(todo, given, reduced=False)
     stats = hidden.new_empty((_stats_rows(todo, given.inputs(todo)), rows), dtype=torch.float64)
     return values, greedy, stats, hidden.new_empty(_kept_shape(todo, plan), dtype=todo.gemm)
@@ -154,7 +150,7 @@ def token_outputs_backward(
     ``grad`` is [outputs, N], or one number to be multiplied by ``coefficients`` [outputs, N].
     """
     todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
-    with _without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         if coefficients is not None:
             grad = coefficients * grad
         if todo.request.backend == "reference":
@@ -187,7 +183,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = zip(Recipe.loads(recipe).needs, (hidden, weight, bias), strict=True)
     first, second, third = (
-        _like(x) if need and x is not None else hidden.new_empty(0) for need, x in needs
+        _like(x) if need and x is not None else _nothing(hidden) for need, x in needs
     )
     return first, second, third
 
@@ -238,7 +234,7 @@ def _sum_outputs(
     kept: Tensor | None = None,
 ) -> _Sum:
     first, second, third, fourth, fifth, sixth = (
-        parts.new_empty(0) if x is None else x for x in (*gradients, factors, stats, kept)
+        _nothing(parts) if x is None else x for x in (*gradients, factors, stats, kept)
     )
     return parts.sum(), parts, first, second, third, fourth, fifth, sixth
 
@@ -255,7 +251,7 @@ def weighted_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """sum(coefficients * values), ``coefficients`` [outputs, N], and what its backward needs."""
     todo, given = _read(recipe, hidden), Arguments(hidden, weight, bias, row_inputs, teachers)
-    with _without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         if todo.request.backend == "reference":
             values, _ = reference.forward(todo, given)
             return _sum_outputs(_weighted(values, coefficients))
@@ -275,7 +271,7 @@ def _weighted(values: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _early(problem: Problem, plan: Plan, coefficients: Tensor) -> _Sum:
-    weights = problem.weights(coefficients)
+    weights = problem.factors(coefficients)
     stats = None
     if plan.gradient_over == "vocabulary":
         with problem.workspace(plan) as workspace:

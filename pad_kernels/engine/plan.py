@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +24,9 @@ BACKENDS = ("reference", "torch_blocked", "cpp", "triton", "cuda")
 #: Entries: a multiple of them is a multiple of 16 bytes in every dtype.
 ALIGNED = 16
 
-_limit: int | None = None
+#: Of the ``workspace_limit`` blocks that are open, in the order they were entered: a list each, so
+#: that those of several threads, which need not end in turn, are told apart.
+_limits: list[list[int]] = []
 
 
 def padded(cols: int) -> int:
@@ -45,7 +48,7 @@ def row_pitch(cols: int, device_bytes: int) -> int:
 
 @contextmanager
 def workspace_limit(limit: int) -> Iterator[None]:
-    """Bound the workspace of every op called inside the ``with`` block.
+    """Bound the workspace of every op called inside the ``with`` block, by whatever thread.
 
     Args:
         limit: bytes. An op that cannot do with so little raises and names the smallest limit.
@@ -56,12 +59,12 @@ def workspace_limit(limit: int) -> Iterator[None]:
         ...     loss = pk.linear_cross_entropy(
         ...         torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4]))
     """
-    global _limit
-    before, _limit = _limit, check_integer("limit", limit, at_least=1)
+    own = [check_integer("limit", limit, at_least=1)]
+    _limits.append(own)
     try:
         yield
     finally:
-        _limit = before
+        _limits[:] = [x for x in _limits if x is not own]
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ class PlanRequest:
         filter: skip tiles of the logit gradient whose largest entry is below this fraction of the
             largest per-token weight; 0 is exact. Each entry of the logit gradient is then
             off by at most ``filter`` times that weight.
-        token_block: rows of a token block.
-        vocab_block: entries of a vocabulary chunk.
-        kept_rows: rows that keep their logits between forward and backward.
+        token_block: rows of a token block, where the schedule has them.
+        vocab_block: entries of a vocabulary chunk, likewise.
+        kept_rows: rows that keep their logits between forward and backward, if it is "kept".
         compact: leave out rows that do not count (ignored labels, weights of 0) and a teacher's
             rows that have no use for it. False computes them all, so that nobody waits for a GPU
             to tell them apart: a wrong label there makes the output NaN instead of an error. A CUDA
@@ -95,7 +98,7 @@ class PlanRequest:
     compact: bool = True
 
     @staticmethod
-    def of(plan: PlanRequest | Plan | str | None) -> PlanRequest:
+    def of(plan: PlanLike) -> PlanRequest:
         """Read what the public ``plan=`` argument accepts, with the limit in force."""
         if plan is None:
             request = PlanRequest()
@@ -107,10 +110,16 @@ class PlanRequest:
             request = plan._checked()
         else:
             fail_type("plan", "None, a string, a PlanRequest or a Plan", plan)
-        if _limit is not None:
-            budget = _limit if request.budget is None else min(request.budget, _limit)
+        if _limits:
+            limit = _limits[-1][0]
+            budget = limit if request.budget is None else min(request.budget, limit)
             request = replace(request, budget=budget)
         return request
+
+    def refuse_early(self) -> None:
+        """Raise if an early plan is asked for where the output is not one number."""
+        if self.schedule == "early":
+            fail_value("plan", "late or kept for per-token outputs", "'early'")
 
     @staticmethod
     def _parse(text: str) -> PlanRequest:
@@ -126,18 +135,20 @@ class PlanRequest:
         return PlanRequest(schedule, backend)
 
     def _checked(self) -> PlanRequest:
+        """The same in Python's own numbers, as recipes are written."""
         if self.schedule is not None:
             check_choice("plan.schedule", self.schedule, SCHEDULES)
         if self.backend is not None:
             check_choice("plan.backend", self.backend, BACKENDS)
-        check_number("plan.filter", self.filter, at_least=0.0, below=1.0)
-        for name in ("budget", "token_block", "vocab_block"):
-            if getattr(self, name) is not None:
-                check_integer(f"plan.{name}", getattr(self, name), at_least=1)
-        if self.kept_rows is not None:
-            check_integer("plan.kept_rows", self.kept_rows, at_least=0)
+        least = {"budget": 1, "token_block": 1, "vocab_block": 1, "kept_rows": 0}
+        sizes: dict[str, Any] = {
+            name: check_integer(f"plan.{name}", getattr(self, name), at_least=at_least)
+            for name, at_least in least.items()
+            if getattr(self, name) is not None
+        }
         check_flag("plan.compact", self.compact)
-        return self
+        share = check_number("plan.filter", self.filter, at_least=0.0, below=1.0)
+        return replace(self, filter=share, **sizes)
 
 
 @dataclass(frozen=True)
@@ -225,8 +236,12 @@ class Plan:
             self.backend,
             self.workspace_bytes,
             self.filter,
-            self.token_block,
+            self.token_block or None,  # 0 is all rows, of an op that may have two sweeps
             self.vocab_block,
             self.kept_rows,
             self.compact,
         )
+
+
+#: What the public ``plan=`` argument accepts.
+PlanLike = PlanRequest | Plan | str | None

@@ -26,8 +26,9 @@ CPU_BUDGET = 240 << 20
 GPU_SHARE = 1 / 32
 #: Above this many rows a block never holds all of them.
 WHOLE_ROWS = 512
-#: Rows of statistics that are fused with their products: as many as keep a product busy reading no
-#: weight twice as fast as it is multiplied, gathered at a time; and room for their splits' parts.
+#: Statistics that are fused with their products take so many rows at a time, enough that a weight
+#: is multiplied more slowly than it is read; and room for so many logits a row, where the parts of
+#: a split vocabulary go.
 FUSED_ROWS, FUSED_COLS = 4096, 2048
 #: So many token blocks add up in a half-precision weight gradient without an accumulator: rounded
 #: after each of four, it is off by 1.6 times one rounding, and any product is off by one.
@@ -93,8 +94,8 @@ class _Candidates:
         if not any(shape.needs):
             yield from self._forward_only(wanted or "late")
             return
-        if wanted == "early" and not shape.reduced:
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        if not shape.reduced:
+            self.request.refuse_early()
         if shape.reduced and wanted in (None, "early"):
             yield from self._early_tokens()
         if wanted == "early" and torch.float16 not in (shape.input, shape.weight):

@@ -12,7 +12,7 @@ from pad_kernels._dtypes import accumulate_dtype
 from pad_kernels.backends.traits import traits
 from pad_kernels.engine.arguments import Arguments
 from pad_kernels.engine.devices import generation, total_memory
-from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product
+from pad_kernels.engine.feed import copy_rows, elsewhere, enters_product, pieces
 from pad_kernels.engine.inputs import muted_input
 from pad_kernels.engine.plan import ALIGNED, Plan, Shape
 from pad_kernels.engine.planner import default_budget, make_plan
@@ -43,10 +43,12 @@ class Stream:
             if block.dtype == gemm and block.stride(-1) == 1 and block.stride(0) >= block.shape[1]:
                 return block
             return buffer[: stop - start].copy_(block)
-        index = live[start:stop]
+        index, target = live[start:stop], buffer[: stop - start]
         if hidden.dtype == gemm:
-            return torch.index_select(hidden, 0, index, out=buffer[: stop - start])
-        return buffer[: stop - start].copy_(hidden.index_select(0, index))
+            return torch.index_select(hidden, 0, index, out=target)
+        for a, b in pieces(target):
+            target[a:b].copy_(hidden.index_select(0, index[a:b]))
+        return target
 
     def weights(self, start: int, stop: int, gemm: torch.dtype, buffer: Tensor | None) -> Tensor:
         """Weight rows start to stop [cols, H] as an operand; copied to ``buffer`` if need be."""
@@ -69,7 +71,7 @@ class Problem:
     weight: Tensor  # the student's whole weight, for its gradient's shape
     bias_dtype: torch.dtype | None
     muted: Tensor | None = None  # (rows,) bool, live rows that count nothing; None: there are none
-    broken: Tensor | None = None  # bool, whether an input is not what it should be; None: it is
+    broken: Tensor | None = None  # bool, whether an input is wrong; None: they have been checked
 
     @property
     def device(self) -> torch.device:
@@ -91,8 +93,8 @@ class Problem:
             return x
         return x.new_full((x.shape[0], self.tokens), missing).index_copy_(1, self.live, x)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Factors [k, N] of the live rows' values, 0 where a row counts nothing."""
+    def factors(self, x: Tensor) -> Tensor:
+        """Factors [k, N] as those of the live rows' values, 0 where a row counts nothing."""
         x = self.gather(x)
         return x if self.muted is None else x.masked_fill(self.muted, 0)
 
@@ -123,10 +125,10 @@ class Problem:
         return accumulate_dtype(self.streams[0].hidden.dtype)
 
     def copied_weight_buffers(self, workspace: Workspace, cols: int) -> list[Tensor | None]:
-        """A buffer for each stream whose weight cannot enter a product as it lies, where it lies.
+        """A buffer for each stream whose weight has to be copied on its way into a product.
 
-        The streams run one after the other, so one buffer serves all; those of an order are in use
-        together.
+        The streams run one after the other, so one piece of memory serves all; those of an order
+        are in use together.
         """
         gemm = self.recipe.gemm
         if self.streams[0].order is not None:

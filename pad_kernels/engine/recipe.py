@@ -58,9 +58,9 @@ class Recipe:
 
     def dumps(self) -> str:
         """As a Python literal."""
+        plain = ("biased", "input_names", "vocab", "ignore_index", "needs", "argmax", "topk")
         data: dict[str, Any] = {
-            **{name: getattr(self, name) for name in ("biased", "input_names", "vocab")},
-            **{name: getattr(self, name) for name in ("ignore_index", "needs", "argmax", "topk")},
+            **{name: getattr(self, name) for name in plain},
             "functionals": [to_data(f) for f in self.functionals],
             "heads": [parameters(h) for h in self.heads],
             "gemm": str(self.gemm).removeprefix("torch."),

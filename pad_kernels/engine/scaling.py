@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pad_kernels.engine.feed import pieces
+
 
 @torch.library.custom_op("pad_kernels::scale_gradients_", mutates_args={"hidden", "weight", "bias"})
 def scale_gradients_(
@@ -26,9 +28,8 @@ def _scale_exactly(gradient: Tensor, product: float | Tensor) -> None:
     if gradient.dtype != torch.float16:
         gradient.mul_(product)
         return
-    rows = max((1 << 20) // max(gradient[0].numel(), 1), 1)
-    for start in range(0, gradient.shape[0], rows):
-        block = gradient[start : start + rows]
+    for start, stop in pieces(gradient):
+        block = gradient[start:stop]
         block.copy_(block.float() * product)
 
 

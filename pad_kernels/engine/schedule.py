@@ -20,7 +20,7 @@ from pad_kernels.engine.problem import Problem
 from pad_kernels.engine.rows import Part
 from pad_kernels.engine.run import Run
 from pad_kernels.functionals.base import LogitGradient
-from pad_kernels.functionals.statistics import Picked, RowStats, Statistic
+from pad_kernels.functionals.statistics import Picked, RowStats
 
 
 def reduce_stats(stats: RowStats) -> RowStats:
@@ -279,14 +279,9 @@ def _pieces(
     return found
 
 
-def saved_statistics(problem: Problem) -> tuple[Statistic, ...]:
-    """What the backward needs of the forward, in the order it is stored."""
-    return problem.recipe.statistics
-
-
 def pack_stats(problem: Problem, stats: RowStats) -> Tensor:
-    """Statistics of the live rows as one tensor [numbers, N]; left-out rows hold 0."""
-    found = torch.cat([stats[s] for s in saved_statistics(problem)], 0)
+    """What the backward needs of the forward as one tensor [numbers, N]; left-out rows hold 0."""
+    found = torch.cat([stats[s] for s in problem.recipe.statistics], 0)
     return problem.scatter(found)
 
 
@@ -294,7 +289,7 @@ def unpack_stats(problem: Problem, packed: Tensor) -> RowStats:
     """The inverse of :func:`pack_stats`."""
     rows = problem.gather(packed)
     stats, done = RowStats({}, problem.inputs), 0
-    for statistic in saved_statistics(problem):
+    for statistic in problem.recipe.statistics:
         width = statistic.width(problem.inputs)
         stats[statistic] = rows[done : done + width]
         done += width

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pad_kernels._checks import fail_value
-from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._dtypes import accumulate_dtype, without_autocast
 from pad_kernels.backends.choice import resolve_backend
 from pad_kernels.engine import schedule
 from pad_kernels.engine.arguments import Arguments
@@ -31,7 +31,7 @@ def topk(
     todo = resolve_backend(Recipe.loads(recipe), planned_device(hidden))
     if todo.request.backend == "reference":
         fail_value("plan", "a blocked backend", "'reference', which has no top-k")
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         given = Arguments(hidden, weight, bias, row_inputs, teachers)
         plan = op_plan(todo, given, reduced=False)
         problem = build_problem(todo, given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -204,10 +203,10 @@ class Divergence(Functional):
         return (slope - student.exp() * mean) * grad[0].to(slope.dtype).unsqueeze(-1)
 
 
-def divergence(kind: str, alpha: float | None, teacher: int) -> Functional:
-    """The functional of a kind, against the teacher of that stream."""
+def divergence(kind: str, alpha: float, teacher: int) -> Functional:
+    """The functional of a kind, against the teacher of that stream; tvd and KLs have no alpha."""
     if kind == "forward_kl":
         return ForwardKL(teacher)
     if kind == "reverse_kl":
         return ReverseKL(teacher)
-    return Divergence(kind, math.nan if alpha is None else alpha, teacher)
+    return Divergence(kind, alpha, teacher)

@@ -92,6 +92,10 @@ class RowStats(dict["Statistic", Tensor]):
         maximum, lse = (x.to(logits.dtype).unsqueeze(-1) for x in numbers)
         return logits - maximum - lse
 
+    def ascending(self, name: str) -> Tensor:
+        """Per-row ids [rows, k] as kernels walk them: ascending, contiguous."""
+        return self.inputs[name].sort(dim=1).values.contiguous()  # sorting keeps the layout
+
     def to(self, dtype: torch.dtype) -> RowStats:
         """The same statistics, numbers rounded to a dtype."""
         values = {s: x.to(dtype) if x.is_floating_point() else x for s, x in self.items()}

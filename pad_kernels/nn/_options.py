@@ -7,16 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from pad_kernels._checks import (
-    check_choice,
-    check_flag,
-    check_integer,
-    fail_value,
-)
-from pad_kernels.engine.plan import Plan, PlanRequest
+from pad_kernels._checks import check_flag, check_integer, check_reduction
+from pad_kernels.engine.plan import PlanLike, PlanRequest
 from pad_kernels.heads import HeadOptions
-
-PlanLike = PlanRequest | Plan | str | None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -56,8 +49,8 @@ class PlannedOptions(Options):
     def check(self) -> None:
         """Check the plan; ops that reduce nothing cannot be early."""
         request = PlanRequest.of(self.plan)
-        if request.schedule == "early" and getattr(self, "reduction", "none") == "none":
-            fail_value("plan", "late or kept for per-token outputs", "'early'")
+        if getattr(self, "reduction", "none") == "none":
+            request.refuse_early()
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -99,5 +92,5 @@ class ReducedOptions(Options):
 
     def check(self) -> None:
         """Check the reduction."""
-        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
+        check_reduction(self.reduction)
         super().check()

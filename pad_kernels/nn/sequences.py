@@ -98,8 +98,10 @@ class RankingOptions(Options):
     def check(self) -> None:
         """Check the options on a group of the smallest size that they allow."""
         super().check()
-        size = self.subset_size if isinstance(self.subset_size, int) else 2
-        rewards = torch.empty((1, max(2, size)), dtype=torch.float32, device="meta")
+        size = 2
+        if self.subset_size is not None:
+            size = check_integer("subset_size", self.subset_size, at_least=2)
+        rewards = torch.empty((1, size), dtype=torch.float32, device="meta")
         given = {name: getattr(self, name) for name in RankingOptions.__dataclass_fields__}
         check_ranking(rewards, valid=None, seed=0, **given)
 

@@ -167,23 +167,21 @@ def listwise(
     inverse = like.new_empty(groups * n if of_tokens else 0, dtype=torch.float64)
     if groups == 0:
         return loss, gradient, inverse
+    given: Tensor | None = None
     if isinstance(student, Tokens):
-        (tokens, held), numbers = student.packed(), _numbers(None)
+        tokens, _held = student.packed()
     else:
-        held = [student.detach().contiguous()]
-        tokens, numbers = module.Tokens(), _numbers(held[0])
-    held += [x.contiguous() for x in (teacher, valid) if x is not None]
-    targets, present = (
-        held[-1 if valid is None else -2],
-        0 if valid is None else held[-1].data_ptr(),
-    )
+        tokens, given = module.Tokens(), student.detach().contiguous()
+    teacher, valid = teacher.contiguous(), None if valid is None else valid.contiguous()
+    present = 0 if valid is None else valid.data_ptr()
     with streams.current_stream(like.device) as stream, Workspace(like.device) as workspace:
         limit = module.shared_limit()
         wide = dtype == torch.float64
         *_, scratch = module.listwise_plan(kind, subset_size, groups, wide, limit)
         space = workspace.empty(scratch // 8, dtype=torch.float64)
         module.listwise(
-            *(kind, groups, n, subset_size, beta, numbers, tokens, _numbers(targets), present),
+            *(kind, groups, n, subset_size, beta, _numbers(given), tokens),
+            *(_numbers(teacher), present),
             *(_numbers(loss), gradient.data_ptr() if with_gradient else 0),
             *(inverse.data_ptr() if of_tokens else 0, limit, space.data_ptr(), stream),
         )

@@ -117,9 +117,9 @@ def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Raise for rewards that are NaN or infinite, or return which groups have some.
+    """Raise for rewards that are NaN or infinite.
 
-    The latter where looking at them would have to wait for the device.
+    On a device that this would have to wait for, return which groups have some instead, [groups].
     """
     bad = ~rewards.isfinite()
     if valid is not None:
@@ -133,11 +133,11 @@ def check_finite(name: str, rewards: Tensor, valid: Tensor | None) -> Tensor | N
 
 
 def _subsets(x: Tensor, size: int, fill: float | bool) -> Tensor:
-    """Consecutive subsets of each group as rows of their own, contiguous, the last one padded."""
+    """Consecutive subsets of each group as contiguous rows of their own, the last one padded."""
     missing = -x.shape[1] % size
     if missing:
         x = torch.cat([x, x.new_full((len(x), missing), fill)], 1)
-    return x.reshape(-1, size).contiguous()
+    return x.reshape(-1, size).contiguous()  # arithmetic keeps the layout of a transpose
 
 
 @torch.library.custom_op("pad_kernels::listwise_preference", mutates_args=())

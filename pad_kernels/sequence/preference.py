@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pad_kernels._checks import (
     FLOATS,
+    IDS,
     check_choice,
     check_flag,
     check_integer,
     check_tensor,
     fail_value,
 )
+from pad_kernels.engine.plan import PlanLike
 from pad_kernels.sequence import gpu
 from pad_kernels.sequence.listwise_op import check_finite
 from pad_kernels.sequence.plackett_luce import check_ranking, listwise_preference_loss, reduced
 from pad_kernels.sequence.rewards import NORMALIZATIONS, checked_offsets, sequence_reward
 from pad_kernels.sequence.token_ops import token_listwise
-
-if TYPE_CHECKING:
-    from pad_kernels.engine.plan import Plan, PlanRequest
-
-_LABELS = (torch.int64, torch.int32)
 
 
 def _check_layout(
@@ -35,7 +32,7 @@ def _check_layout(
     check_tensor("teacher_rewards", teacher_rewards, dtypes=FLOATS, ndim=2, device=hidden.device)
     groups, n = teacher_rewards.shape
     if cu_seqlens is not None:
-        check_tensor("cu_seqlens", cu_seqlens, dtypes=_LABELS, ndim=1, device=hidden.device)
+        check_tensor("cu_seqlens", cu_seqlens, dtypes=IDS, ndim=1, device=hidden.device)
         if cu_seqlens.shape[0] != groups * n + 1:
             fail_value(
                 "cu_seqlens",
@@ -53,7 +50,7 @@ def _check_layout(
             f"[{groups}, {n}, T, H] or [{groups * n}, T, H] for {groups} × {n} teacher rewards",
             f"shape {tuple(hidden.shape)}",
         )
-    check_tensor("labels", labels, dtypes=_LABELS, shape=hidden.shape[:-1], device=hidden.device)
+    check_tensor("labels", labels, dtypes=IDS, shape=hidden.shape[:-1], device=hidden.device)
 
 
 def _counted_labels(
@@ -67,6 +64,7 @@ def _counted_labels(
 
     Ignored rows cost the head nothing, so responses that are not valid are ignored whole.
     """
+    labels = labels.to(torch.int64)  # as ignore_index is
     if mask is not None:
         check_tensor("mask", mask, dtypes=(torch.bool,), shape=labels.shape, device=labels.device)
         labels = torch.where(mask, labels, ignore_index)
@@ -105,7 +103,7 @@ def linear_preference_loss(
     samples: int | None = None,
     seed: int | None = None,
     reduction: str = "mean",
-    plan: PlanRequest | Plan | str | None = None,
+    plan: PlanLike = None,
 ) -> Tensor:
     """The training step of Preference-Aligned Distillation, from hidden states to the loss.
 
@@ -162,18 +160,18 @@ def linear_preference_loss(
     from pad_kernels.api import linear_logprob  # api is above this module
 
     _check_layout(hidden, labels, teacher_rewards, cu_seqlens)
-    ranking = check_ranking(
-        teacher_rewards,
-        beta=beta,
-        kind=kind,
-        valid=valid,
-        subset_size=subset_size,
-        samples=samples,
-        seed=seed,
-        reduction=reduction,
-    )
+    options: dict[str, Any] = {
+        "beta": beta,
+        "kind": kind,
+        "valid": valid,
+        "subset_size": subset_size,
+        "samples": samples,
+        "seed": seed,
+        "reduction": reduction,
+    }
+    ranking = check_ranking(teacher_rewards, **options)
     check_choice("normalize", normalize, NORMALIZATIONS)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = checked_offsets(cu_seqlens, hidden.shape[0])
     if not torch.compiler.is_compiling() and teacher_rewards.device.type == "cpu":
@@ -194,13 +192,12 @@ def linear_preference_loss(
         plan=plan,
     )
     if kind in gpu.KINDS and samples is None and gpu.usable(logprob):
-        groups, n = teacher_rewards.shape
         packed = cu_seqlens is not None
         loss, _, _ = token_listwise(
-            logprob if packed else logprob.reshape(groups * n, -1),
+            logprob if packed else logprob.flatten(0, -2),
             teacher_rewards,
             cu_seqlens,
-            counted if packed else counted.reshape(groups * n, -1),
+            counted if packed else counted.flatten(0, -2),
             valid,
             *(kind, ranking.beta, ranking.subset_size, ignore_index, normalize == "length"),
             torch.is_grad_enabled() and logprob.requires_grad,
@@ -213,14 +210,5 @@ def linear_preference_loss(
         normalize=normalize,
         ignore_index=ignore_index,
     )
-    return listwise_preference_loss(
-        rewards.view(teacher_rewards.shape),
-        teacher_rewards,
-        beta=beta,
-        kind=kind,
-        valid=valid,
-        subset_size=subset_size,
-        samples=samples,
-        seed=seed,
-        reduction=reduction,
-    )
+    rewards = rewards.view(teacher_rewards.shape)
+    return listwise_preference_loss(rewards, teacher_rewards, **options)

@@ -12,11 +12,17 @@ from pad_kernels._checks import (
     FLOATS,
     check_choice,
     check_number,
+    check_reduction,
     check_tensor,
     fail_type,
     fail_value,
 )
-from pad_kernels.sequence.pairwise import REDUCTIONS, PairwiseOutput, check_logprobs, reduced
+from pad_kernels.sequence.pairwise import (
+    PairwiseOutput,
+    check_logprobs,
+    logistic_loss,
+    reduced,
+)
 
 CPO_KINDS = ("sigmoid", "hinge", "ipo", "simpo")
 
@@ -86,7 +92,7 @@ def orpo_loss(
         >>> round(orpo_loss(half, half, torch.tensor(0.0), beta=1.0).loss.item(), 4)
         0.6931
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
     up, down = check_logprobs(chosen=chosen, rejected=rejected)
     if up.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -149,7 +155,7 @@ def cpo_loss(
         1.6931
     """
     check_choice("kind", kind, CPO_KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
     weight = check_number("nll_weight", nll_weight, at_least=0.0)
     smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, below=0.5)
@@ -167,7 +173,7 @@ def cpo_loss(
     elif kind == "ipo":
         losses = (up - down - 0.5 / scale).square()
     else:
-        losses = -F.logsigmoid(margin) * (1.0 - smoothing) - F.logsigmoid(-margin) * smoothing
+        losses = logistic_loss(margin, smoothing)
     if chosen_nll is not None:
         losses = losses + weight * _check_nll(chosen_nll, up)
     elif weight:

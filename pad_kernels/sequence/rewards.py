@@ -15,6 +15,7 @@ from pad_kernels._checks import (
     fail_value,
 )
 from pad_kernels._dtypes import accumulate_dtype
+from pad_kernels._transforms import reject_transforms
 from pad_kernels.sequence import gpu
 from pad_kernels.sequence.token_ops import token_rewards
 
@@ -58,6 +59,7 @@ def _rewards_on_gpu(
     mean: bool,
 ) -> Tensor:
     """The same by one kernel, sequences [..., T] side by side."""
+    reject_transforms("logprob", logprob)
     shape = logprob.shape
     if offsets is None:
         logprob = logprob.reshape(shape[:-1].numel(), shape[-1])
@@ -110,7 +112,7 @@ def sequence_reward(
     """
     check_tensor("logprob", logprob, dtypes=FLOATS)
     check_choice("normalize", normalize, NORMALIZATIONS)
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if logprob.dim() == 0:
         fail_value("logprob", "at least 1 dimension", "shape ()")
     shape, device = logprob.shape, logprob.device
@@ -132,7 +134,8 @@ def sequence_reward(
     if mask is not None:
         counted = counted & mask
     if labels is not None:
-        counted = counted & (labels != ignore_index)
+        # A narrow integer is compared with the index as that integer has it: 156 with -100.
+        counted = counted & (labels.to(torch.int64) != ignore_index)
     accumulate = accumulate_dtype(logprob.dtype)
     kept = torch.where(counted, logprob.to(accumulate), 0.0)
     if offsets is None:
@@ -194,4 +197,7 @@ def calibrated_rewards(
             )
     dtype = accumulate_dtype(avg_logprob.dtype)
     log_option = option_probability.to(dtype).clamp(min=lowest).log()
-    return weight * avg_logprob.to(dtype) + (1.0 - weight) * log_option
+    own = avg_logprob.to(dtype)
+    if weight == 0:  # a reward of -inf counts nothing then
+        own = own.masked_fill(own.isinf(), 0.0)
+    return weight * own + (1.0 - weight) * log_option

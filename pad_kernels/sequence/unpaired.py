@@ -11,11 +11,12 @@ from pad_kernels._checks import (
     FLOATS,
     check_choice,
     check_number,
+    check_reduction,
     check_tensor,
     fail_type,
     fail_value,
 )
-from pad_kernels.sequence.pairwise import REDUCTIONS, check_logprobs, reduced
+from pad_kernels.sequence.pairwise import check_logprobs, reduced
 
 KINDS = ("kto", "apo_zero_unpaired")
 
@@ -108,7 +109,7 @@ def kto_loss(
         tensor(0.5000)
     """
     check_choice("kind", kind, KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_reduction(reduction)
     scale = check_number("beta", beta, above=0.0)
     good = check_number("desirable_weight", desirable_weight, at_least=0.0)
     bad = check_number("undesirable_weight", undesirable_weight, at_least=0.0)

@@ -18,7 +18,7 @@ from pad_kernels.backends.triton.fused import fusable, plan_gradient, plan_stati
 from pad_kernels.backends.triton.fused_operands import Operands
 from pad_kernels.backends.triton.gather import gather_hidden, gather_logits, scatter_weight
 from pad_kernels.backends.triton.launch import Device, run
-from pad_kernels.backends.triton.live import LiveTiles
+from pad_kernels.backends.triton.live import LiveLaunches
 from pad_kernels.backends.triton.passes import Passes, transform
 from pad_kernels.backends.triton.topk import MOST, merge_largest
 from pad_kernels.engine.filter import FILTER_TILE
@@ -141,7 +141,7 @@ class TritonBackend:
             run(grad, scatter_weight(grad, given.hidden, found, order, weight))
 
 
-class Live(LiveTiles):
+class Live(LiveLaunches):
     """The live tiles of a block, and products over them."""
 
     def times_weight(

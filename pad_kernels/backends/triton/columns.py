@@ -78,7 +78,7 @@ class Columns:
         maximum, total = self._stats[Tail(name)]
         value = torch.where(total == 0, 0.0, terms.outside[name] / total)
         places = self._add(finite_or_zero(maximum)), self._add(value)
-        return places, ascending(self._stats, name)
+        return places, self._stats.ascending(name)
 
     def curved(self, curved: Sequence[tuple[Divergence, Tensor]]) -> tuple[int, ...]:
         """The teacher's place among the streams, the kind's number, and places of numbers."""
@@ -88,11 +88,6 @@ class Columns:
         places = self._used.index(functional.teacher), DIVERGENCES.index(functional.kind)
         numbers = self._add(grad[0]), self._add(self._stats[functional.outcomes][1])
         return *places, *numbers, self.log_sums(functional.teacher)
-
-
-def ascending(stats: RowStats, name: str) -> Tensor:
-    """Per-row ids [rows, k] as kernels walk them."""
-    return stats.inputs[name].sort(dim=1).values.contiguous()
 
 
 def _inverse(total: Tensor) -> Tensor:

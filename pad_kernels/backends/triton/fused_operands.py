@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pad_kernels.backends.triton import autotune
-from pad_kernels.backends.triton.launch import head_kind, head_numbers
+from pad_kernels.backends.triton.launch import head_kind
 from pad_kernels.backends.triton.math import IDENTITY
 from pad_kernels.backends.triton.tilings import MOST_STREAMS, Tiling
 from pad_kernels.engine.problem import Problem
@@ -178,7 +178,7 @@ class Operands:
         pairs = zip(self.hidden, self.weight, strict=True)
         found["biases"] = self.biases
         found["shapes"] = tuple((h.shape[1], h.stride(0), w.stride(0)) for h, w in pairs)
-        found["heads"] = tuple(head_numbers(head) for head in self.heads)
+        found["heads"] = tuple(head.numbers for head in self.heads)
         found["rows"], found["vocab"] = self.shape
         return found
 

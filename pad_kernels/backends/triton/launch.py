@@ -95,8 +95,3 @@ def head_kind(head: HeadOptions) -> int:
         return math.CAPPED
     plain = head.logit_scale == 1.0 and head.temperature == 1.0
     return math.IDENTITY if plain else math.LINEAR
-
-
-def head_numbers(head: HeadOptions) -> tuple[float, float, float]:
-    """Scale, soft cap (0 for none) and temperature."""
-    return (head.logit_scale, head.softcap or 0.0, head.temperature)

@@ -27,7 +27,7 @@ _LISTED = 256
 
 
 @dataclass
-class LiveTiles:
+class LiveLaunches:
     """A block of dL/dz and which of its tiles to read.
 
     Args:

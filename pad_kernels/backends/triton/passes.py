@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pad_kernels.backends.base import RawBlock
 from pad_kernels.backends.triton import autotune, configs, gradient, statistics
-from pad_kernels.backends.triton.columns import Columns, ascending
-from pad_kernels.backends.triton.launch import Device, Launch, head_kind, head_numbers, reach
+from pad_kernels.backends.triton.columns import Columns
+from pad_kernels.backends.triton.launch import Device, Launch, head_kind, reach
 from pad_kernels.engine.filter import FILTER_TILE
 from pad_kernels.engine.workspace import Workspace
 from pad_kernels.functionals import Divergence
 from pad_kernels.functionals.base import LogitGradient
 from pad_kernels.functionals.divergence import Outcomes
-from pad_kernels.functionals.statistics import Argmax, Moment, Normalizer, Statistic, Tail, Total
+from pad_kernels.functionals.statistics import Argmax, Moment, Statistic, Tail, Total
 from pad_kernels.heads import HeadOptions
 
 _VALUES = 1024
@@ -39,7 +39,7 @@ class Passes:
             "logits": tuple(logits[j] for j in used),
             "strides": tuple(logits[j].stride(0) for j in used),
             "biases": tuple(None if b is None else b[start:stop] for b in biases),
-            "heads": tuple(head_numbers(streams[j].head) for j in used),
+            "heads": tuple(streams[j].head.numbers for j in used),
             "rows": self.rows,
             "cols": self.cols,
             "reach": reach(self.cols, *(logits[j] for j in used)),
@@ -76,13 +76,6 @@ class Passes:
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.block.device)
 
-    def _normalizer(self, j: int) -> Tensor:
-        """(max, sum) of a stream; a scratch pair where no functional asked for one."""
-        if (state := self.stats.get(Normalizer(j))) is not None:
-            return state
-        like = self._empty(0, dtype=torch.float64)
-        return Normalizer(j).empty(self.rows, {}, like)
-
     def statistics(
         self, wanted: Sequence[Statistic], config: configs.RowConfig | None = None
     ) -> tuple[Launch, Launch]:
@@ -102,8 +95,8 @@ class Passes:
         )
         tiles, splits, shape = self._split(config)
         fields = 2 * len(used) + len(moments) + len(total) + len(tail) + (greedy is not None)
-        normalizers = [self._normalizer(j) for j in used]
-        ids = ascending(self.stats, tails[0].ids) if tails else None
+        normalizers = [self.block.normalizer(j) for j in used]
+        ids = self.stats.ascending(tails[0].ids) if tails else None
         parts = {
             "partial": self._empty(fields, splits, self.rows, dtype=torch.float64),
             "best": None if greedy is None else self._empty(splits, self.rows, dtype=torch.int32),
@@ -253,6 +246,6 @@ def transform(head: HeadOptions, values: Tensor) -> Launch:
     return Launch(
         gradient.transform_values,
         (max(-(-values.numel() // _VALUES), 1),),
-        {"values": values, "head": head_numbers(head), "numel": values.numel()},
+        {"values": values, "head": head.numbers, "numel": values.numel()},
         {"KIND": head_kind(head), "BLOCK": _VALUES},
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pad_kernels.backends.triton.launch import Launch, head_kind, head_numbers, reach
+from pad_kernels.backends.triton.launch import Launch, head_kind, reach
 from pad_kernels.backends.triton.math import head_transform
 from pad_kernels.backends.triton.statistics import load_raw
 from pad_kernels.engine.problem import Stream
@@ -93,7 +93,7 @@ def merge_largest(
         "logits": logits,
         "stride": logits.stride(0),
         "bias": bias,
-        "head": head_numbers(stream.head),
+        "head": stream.head.numbers,
         "state": state,
         "state_stride": state.stride(0),
         "cols": cols,

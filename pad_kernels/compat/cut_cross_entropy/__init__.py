@@ -16,6 +16,7 @@ from pad_kernels._checks import (
     check_choice,
     check_flag,
     check_number,
+    check_reduction,
     fail_value,
 )
 from pad_kernels.compat._arguments import check_head, check_labels, check_shift
@@ -110,7 +111,7 @@ def linear_cross_entropy(
     """
     check_head(e=e, c=c, bias=bias)
     check_labels("targets", targets, e)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction(reduction)
     check_flag("return_lse", return_lse)
     flags = {
         "accum_e_fp32": accum_e_fp32,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pad_kernels._checks import FLOATS, check_choice, check_integer, check_tensor
+from pad_kernels._checks import FLOATS, IDS, check_integer, check_reduction, check_tensor
 from pad_kernels._dtypes import accumulate_dtype
-from pad_kernels.compat._arguments import LABELS, check_shift
+from pad_kernels.compat._arguments import check_shift
 from pad_kernels.compat.cut_cross_entropy.constants import IGNORE_INDEX
 
 
@@ -38,11 +38,11 @@ def compute_z_loss(
         >>> compute_z_loss(torch.tensor([2.0, 3.0, 4.0]), torch.tensor([5, -100, 7]))
         tensor(10.)
     """
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction(reduction)
     check_tensor("lse", lse, dtypes=FLOATS)
     counted = torch.ones_like(lse, dtype=torch.bool)
     if targets is not None:
-        check_tensor("targets", targets, dtypes=LABELS, device=lse.device)
+        check_tensor("targets", targets, dtypes=IDS, device=lse.device)
         labels = targets[..., check_shift(shift, targets) :] if targets.dim() else targets
         check_tensor("targets", labels, shape=lse.shape)
         counted = labels != check_integer("ignore_index", ignore_index)

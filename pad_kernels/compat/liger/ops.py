@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pad_kernels as pk
-from pad_kernels._checks import check_choice, check_flag, check_number, fail_value
+from pad_kernels._checks import check_flag, check_number, check_reduction, fail_value
 from pad_kernels.compat._arguments import check_head, check_labels
 from pad_kernels.compat._class_weights import (
     check_class_weights,
@@ -44,7 +44,7 @@ class _CrossEntropy:
     def __post_init__(self) -> None:
         check_head(ndim=2, _input=self.hidden, weight=self.weight, bias=self.options["bias"])
         check_labels("target", self.target, self.hidden)
-        check_choice("reduction", self.reduction, ("mean", "sum", "none"))
+        check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, at_least=0.0, at_most=1.0)
         check_number("lse_square_scale", self.z_weight, at_least=0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pad_kernels._checks import check_choice, check_number
+from pad_kernels._checks import check_number, check_reduction
 from pad_kernels.compat.liger.transformers.functional import (
     CrossEntropyOutput,
     liger_fused_linear_cross_entropy,
@@ -58,7 +58,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=1.0)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_reduction(reduction)
         if softcap is not None:
             check_number("softcap", softcap, above=0.0)
         self.ce_weight = ce_weight
