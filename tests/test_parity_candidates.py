@@ -104,6 +104,17 @@ every_plan = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch_blocked"])
+def test_no_token_is_likelier_than_certain(backend: str) -> None:
+    """Not even by the last digit of capped logits, which is much where the temperature is low."""
+    hidden, weight = torch.randn(200, 64) * 3, torch.randn(50, 64)
+    plan = None if backend == "auto" else backend
+    found = pk.linear_topk(hidden, weight, 3, softcap=30.0, temperature=0.1, plan=plan)
+    assert float(found.logprobs.max()) <= 0
+    one = pk.linear_topk(hidden, weight[:1], 1, softcap=30.0, temperature=0.1, plan=plan)
+    assert not one.logprobs.any()
+
+
 def _topk(x: OneHead, k: int, plan: pk.PlanRequest) -> pk.TopK:
     if plan.backend == "cpp" and NATIVE_MISSING:
         pytest.skip("the extension is not built")

@@ -38,7 +38,9 @@ def topk(
         with problem.workspace(plan) as workspace:
             stats = schedule.measure_rows(Run.start(problem, plan, workspace), None)
         values, ids = stats[Largest(todo.topk)].view(2, todo.topk, -1)
-        logprobs = (values - stats.maximum()) - stats.total().log()
+        # Not less the statistics' maximum: a kernel's tanh may differ from the selection's, and a
+        # log-probability must not be above 0.
+        logprobs = (values - values[0]) - stats.total().log()
         logprobs = logprobs.t().to(problem.accumulate).contiguous()
         return ids.t().to(torch.int64).contiguous(), logprobs
 
