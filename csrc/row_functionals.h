@@ -144,10 +144,11 @@ PAD_HD double log1p_series(double f) {
   q = q * z + 1.0 / 3;
   return h * (2 * h * h * f * q - 1);
 }
+// u is 1 + y, with the digits that a sum of 1 and y near -1 would lose.
 template <class T>
-PAD_HD T log1p_of(T y) {
+PAD_HD T log1p_of(T y, T u) {
   using Bits = typename LogReduction<T>::Bits;
-  const Bits bits = bits_as<Bits>(T(1) + y);
+  const Bits bits = bits_as<Bits>(u);
   const Bits k = (bits - LogReduction<T>::half) >> LogReduction<T>::mantissa;
   const T reduced = bits_as<T>(Bits(bits - k * (Bits(1) << LogReduction<T>::mantissa))) - T(1);
   const T f = k == 0 ? y : reduced;
@@ -168,7 +169,7 @@ PAD_HD float log1p_to_half(float y) {
   q = q * y - 5.000008941e-1f;
   return q * y * y + y;
 }
-PAD_HD double log1p_to_half(double y) { return log1p_of(y); }
+PAD_HD double log1p_to_half(double y) { return log1p_of(y, 1 + y); }
 
 // tanh with an error of about 1 ulp at every size of x: an odd polynomial (Chebyshev fits of
 // relative error 1e-9 and 1e-19) where |x| < 0.65, else 1 - 2 / (exp(2|x|) + 1). Also 1 - tanh^2,
@@ -432,7 +433,8 @@ PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, const Mix
   }
   const T under = kHalf ? T(0.5) : (leads ? of_s : of_t);  // weight of the smaller
   const T y = under * less;
-  const T below = kHalf ? log1p_to_half(y) : log1p_of(y);  // log m/larger
+  const T whole = (leads ? of_t : of_s) + under * part;           // m/larger = 1 + y
+  const T below = kHalf ? log1p_to_half(y) : log1p_of(y, whole);  // its logarithm
   const T of_larger = -larger * below, of_smaller = -smaller * (distance + below);
   if (kHalf)
     return {T(0.5) * (of_larger + of_smaller), T(0.5) * (leads ? of_smaller : of_larger), s};
@@ -442,8 +444,8 @@ PAD_HD Outcome<T> outcome_from(T x_s, T x_t, const OutcomeRow<T>& row, const Mix
     const T slope = mix.rest * of_student;
     return {mix.alpha * of_teacher + slope, slope, s};
   }
-  const T gap = leads ? larger * less : -larger * less;                            // s - t
-  const T share = (leads ? part : T(1)) / ((leads ? of_t : of_s) + under * part);  // s / m
+  const T gap = leads ? larger * less : -larger * less;  // s - t
+  const T share = (leads ? part : T(1)) / whole;         // s / m
   if (kKind == DivergenceKind::skew_forward_kl)
     return {of_teacher + mix.rest * gap, -mix.rest * (leads ? larger : smaller) * share, s};
   return {of_student - mix.rest * gap, of_student - mix.alpha * mix.rest * gap * share, s};

@@ -111,6 +111,16 @@ def test_minus_infinity(kind: str) -> None:
     divergences.test_minus_infinity(kind, "triton", "none")
 
 
+@pytest.mark.parametrize("kind", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_any_mixture(scale: float, kind: str) -> None:
+    divergences.test_any_mixture(scale, 0.9, kind, "triton")
+
+
+def test_certain_students() -> None:
+    divergences.test_certain_students_have_no_gradient("late", "triton")
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_tiny_divergences(kind: str) -> None:
     """True values near 1e-6 of a large vocabulary, which float32 sums would lose."""

@@ -183,26 +183,25 @@ def test_extreme_logits() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("alpha", [0.1, 0.9])
-def test_peaked_students_and_teachers(alpha: float, backend: str) -> None:
-    """Logits of the size that plain random weights give: most rows nearly certain of one token."""
-    hidden, weight, others, taught = (torch.randn(n, 123) for n in (5, 507, 5, 507))
-    student = trainable(pk.Head(hidden, weight))
-    value = pk.linear_divergence(
-        student,
-        pk.Head(others, taught),
-        kind="skew_forward_kl",
-        alpha=alpha,
-        plan=f"late:{backend}",
+@pytest.mark.parametrize("kind", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("alpha", [0.1, 0.9, 0.99])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_any_mixture(scale: float, alpha: float, kind: str, backend: str) -> None:
+    """Of logits as plain random weights give them, most rows nearly certain, and of milder ones."""
+    hidden, weight, others, taught = (torch.randn(n, 123) for n in (37, 507, 37, 507))
+    student = trainable(pk.Head(hidden, weight, logit_scale=scale))
+    teacher = pk.Head(others, taught, logit_scale=scale)
+    values = pk.linear_divergence(
+        student, teacher, kind=kind, alpha=alpha, reduction="none", plan=f"late:{backend}"
     )
 
     def dense(dtype: torch.dtype) -> list[Tensor]:
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-        t = others.to(dtype) @ taught.to(dtype).t()
-        mean = oracles.between("skew_forward_kl", alpha, h @ w.t(), t).mean()
-        return [mean.detach(), *torch.autograd.grad(mean, (h, w))]
+        z_s, z_t = h @ w.t() * scale, others.to(dtype) @ taught.to(dtype).t() * scale
+        values = oracles.between(kind, alpha, z_s, z_t)
+        return [values.detach(), *torch.autograd.grad(values.sum(), (h, w))]
 
-    found = [value, *gradients(value, student)]
+    found = [values.detach(), *gradients(values.sum(), student)]
     exact, careful = dense(torch.float64), dense(torch.float32)
     for k, *parts in zip((2, 3, 3), found, exact, careful, strict=True):
         oracles.assert_accurate(*parts, k=k, dtype=torch.float32)

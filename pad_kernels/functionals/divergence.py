@@ -51,8 +51,8 @@ def _weighted(weight: Tensor, factor: Tensor) -> Tensor:
 def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcome:
     """The divergence's summand from log-probabilities of one shape.
 
-    Mixtures, with m = w t + (1 - w) s: logarithms of m over the larger of s and t, which is at
-    most 0, so that neither huge ratios nor nearly equal probabilities lose digits.
+    Mixtures: logarithms of m over the larger of s and t, which is at most 1, so that neither huge
+    ratios nor nearly equal probabilities lose digits.
     """
     s, t = student.exp(), teacher.exp()
     # Outcomes that neither has: any finite ratio does, they weigh nothing.
@@ -64,10 +64,13 @@ def outcome(kind: str, alpha: float, student: Tensor, teacher: Tensor) -> Outcom
         return Outcome(value, value, -1.0)
     if kind == "tvd":
         return Outcome((s - t).abs() / 2, s * torch.sign(s - t) / 2, 0.0)
-    w = 1 - alpha if kind == "skew_reverse_kl" else alpha
+    of_t, of_s = (1 - alpha, alpha) if kind == "skew_reverse_kl" else (alpha, 1 - alpha)
     teacher_leads = ratio >= 0
-    weight = torch.where(teacher_leads, 1 - w, torch.full_like(ratio, w))  # of the smaller
-    below = torch.log1p(weight * torch.expm1(-ratio.abs()))
+    under = torch.where(teacher_leads, of_s, torch.full_like(ratio, of_t))  # of the smaller
+    over = torch.where(teacher_leads, of_t, torch.full_like(ratio, of_s))
+    # Near 1 the logarithm needs what m is short of it, and else m itself.
+    short, whole = under * torch.expm1(-ratio.abs()), over + under * torch.exp(-ratio.abs())
+    below = torch.where(short > -0.5, torch.log1p(short), whole.log())
     of_student = torch.where(teacher_leads, -ratio, 0.0) - below  # log s/m
     of_teacher = torch.where(teacher_leads, 0.0, ratio) - below  # log t/m
     if kind == "jsd":

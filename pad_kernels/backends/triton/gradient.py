@@ -21,12 +21,13 @@ DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 @triton.jit
-def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, alpha, KIND: tl.constexpr):
+def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, mix, KIND: tl.constexpr):
     """What entries add to a divergence: balanced value, slope, and the student's probability.
 
-    ``x_s`` and ``x_t`` are logits less their row's maximum, log t/s = (x_t - x_s) - log_sums. The
-    mixture is m = w t + (1 - w) s; logarithms are taken of m over the larger of s and t, which lies
-    in (0, 1]: neither huge ratios nor nearly equal probabilities lose digits.
+    ``x_s`` and ``x_t`` are logits less their row's maximum, log t/s = (x_t - x_s) - log_sums.
+    ``mix`` is (alpha, 1 - alpha), each rounded once. Logarithms are taken of the mixture m over the
+    larger of s and t, which lies in (0, 1]: neither huge ratios nor nearly equal probabilities lose
+    digits.
     """
     neither = (x_s == -float("inf")) & (x_t == -float("inf"))
     ratio = tl.where(neither, 0.0, (x_t - x_s) - log_sums)
@@ -42,24 +43,26 @@ def outcome(x_s, x_t, inverse_s, inverse_t, log_sums, alpha, KIND: tl.constexpr)
     if KIND == 3:
         sign = tl.where(ratio == 0, 0.0, tl.where(leads, -0.5, 0.5))
         return -0.5 * larger * less, s * sign, s
-    w = alpha
+    alpha, rest = mix[0], mix[1]
+    of_t, of_s = alpha, rest  # m = of_t t + of_s s
     if KIND == 2:
-        w = 1.0 - alpha
-    y = tl.where(leads, 1.0 - w, w) * less
-    below = log1p_of(y)  # log m/larger
+        of_t, of_s = rest, alpha
+    under = tl.where(leads, of_s, of_t)  # weight of the smaller
+    whole = tl.where(leads, of_t, of_s) + under * part  # m/larger
+    below = log1p_of(under * less, whole)
     of_student = tl.where(leads, -ratio, 0.0) - below  # log s/m
     of_teacher = tl.where(leads, 0.0, ratio) - below  # log t/m
     if KIND == 0:
-        slope = (1.0 - alpha) * weighted(s, of_student)
+        slope = rest * weighted(s, of_student)
         # Written as alpha * x + y, the bfloat16 second sweep for sm_90 crashes LLVM in Triton 3.9.
         return tl.fma(weighted(t, of_teacher), alpha, slope), slope, s
     gap = tl.where(leads, larger * less, -larger * less)  # s - t
-    share = tl.where(leads, part, 1.0) / (1.0 + y)  # s / m
+    share = tl.where(leads, part, 1.0) / whole  # s / m
     if KIND == 1:
-        value = weighted(t, of_teacher) + (1.0 - alpha) * gap
-        return value, (alpha - 1.0) * t * share, s
+        value = weighted(t, of_teacher) + rest * gap
+        return value, -rest * t * share, s
     value = weighted(s, of_student)
-    return value + (alpha - 1.0) * gap, value - alpha * (1.0 - alpha) * gap * share, s
+    return value - rest * gap, value - alpha * rest * gap * share, s
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def row_outcomes(
     biases,  # (cols,) float32, or None
     heads,  # (scale, softcap, temperature)
     coefficients,  # (5, rows) float32: shifts, inverse sums, log of the sums' ratio
-    alpha,
+    mix,  # (alpha, 1 - alpha)
     partial,  # (2, splits, rows) float64: sums of value and slope
     rows,
     cols,
@@ -107,7 +110,7 @@ def row_outcomes(
             a = head_transform(raw, heads[j], KINDS[j])
             tile = tile + (tl.where(inside, a, -float("inf")),)
         x_s, x_t = tile[0] - c[0], tile[1] - c[1]
-        v, g, _s = outcome(x_s, x_t, c[2], c[3], c[4], alpha, DIVERGENCE)
+        v, g, _s = outcome(x_s, x_t, c[2], c[3], c[4], mix, DIVERGENCE)
         value += tl.sum(v, 0)
         slope += tl.sum(g, 0)
     field = partial + tl.program_id(1) * rows + row
@@ -128,7 +131,7 @@ def row_gradient(
     count,
     outside,  # (rows, outside_count) int64 ascending, or None
     outside_count,
-    alpha,
+    mix,  # (alpha, 1 - alpha) of a divergence of two sweeps
     peaks,  # (row tiles, column tiles) int32: bits of the filter's largest magnitudes, or None
     rows,
     cols,
@@ -187,7 +190,7 @@ def row_gradient(
                 out_upcoming = next_column(left_out, out_cursor, outside_count, offset)
             d += share
         if len(CURVED) > 0:
-            d += curved_part(x, c, alpha, SHIFTS, INVERSES, CURVED)
+            d += curved_part(x, c, mix, SHIFTS, INVERSES, CURVED)
         if sparse is not None:
             while upcoming < start + DEPTH * LANES:
                 added = tl.load(values + cursor)
@@ -246,7 +249,7 @@ def dense_part(
 def curved_part(
     x,
     c,
-    alpha,
+    mix,
     SHIFTS: tl.constexpr,
     INVERSES: tl.constexpr,
     CURVED: tl.constexpr,
@@ -259,7 +262,7 @@ def curved_part(
         c[INVERSES[0]],
         c[INVERSES[t]],
         c[CURVED[4]],
-        alpha,
+        mix,
         CURVED[1],
     )
     mean = c[CURVED[3]]

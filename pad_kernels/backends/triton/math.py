@@ -55,10 +55,13 @@ def exp_parts(x):
 
 
 @triton.jit
-def log1p_of(y):
-    """log(1 + y) for y in [-1, 0], about 1 ulp; finite at -1, where it weighs nothing."""
-    bits = (1.0 + y).to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23  # 1 + y = 2^k f with f in [sqrt(1/2), sqrt(2))
+def log1p_of(y, u):
+    """log(1 + y) for y in (-1, 0], about 1 ulp.
+
+    ``u`` is 1 + y, with the digits that a sum of 1 and y near -1 would lose.
+    """
+    bits = u.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23  # u = 2^k f with f in [sqrt(1/2), sqrt(2))
     reduced = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
     f = tl.where(k == 0, y, reduced)  # a small y keeps its digits
     q = f / (2.0 + f)

@@ -161,7 +161,7 @@ class Passes:
             {
                 **self._streams(used),
                 "coefficients": columns.packed(),
-                "alpha": statistic.alpha,
+                "mix": (statistic.alpha, 1.0 - statistic.alpha),
                 "partial": partial,
                 "tiles": tiles,
             },
@@ -218,7 +218,7 @@ class Passes:
             "count": 0 if sparse is None else sparse[0].shape[1],
             "outside": left_out,
             "outside_count": 0 if left_out is None else left_out.shape[1],
-            "alpha": next((f.alpha for f, _ in curved), 0.0),
+            "mix": next(((f.alpha, 1.0 - f.alpha) for f, _ in curved), (0.0, 0.0)),
             "peaks": peaks,
             "tiles": tiles,
             "offset": self.block.offset,
