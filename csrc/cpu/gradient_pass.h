@@ -8,6 +8,13 @@ namespace pad {
 namespace PAD_ISA {
 namespace {
 
+// Whether the largest of a row's logits has all the probability, to the last digit. What is less
+// its mean over such a row is 0, and rounding would be all that is left of it.
+template <class T>
+bool certain(double sum) {
+  return T(sum) == T(1);
+}
+
 // The coefficients of one row: d = c0 + s_0 (c1 + q0 x_0), x = a - max, s = exp(x) * inverse.
 template <class T>
 struct RowCoefficients {

@@ -1,6 +1,6 @@
 """Element-wise formulas that the kernels share: exponentials, the head transform, merging.
 
-The formulas are those of ``csrc/row_functionals.h``. Kernels that use them are compiled with
+The formulas are those of ``csrc/elementary.h``. Kernels that use them are compiled with
 ``enable_fp_fusion=False``: a logit must have the same bits in a statistic, in a gradient and where
 a label's logit is looked up, whatever is computed next to it. Where an FMA helps it is written out.
 """
